@@ -1,0 +1,70 @@
+"""The nouns of the learning core: frozen, small, without behaviour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from PIL.Image import Image
+from torch import Tensor
+
+BASE = 0
+"""Version number of the untouched base model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """An unlabeled request: RGB images, the question and, in recognition, the closed set of labels."""
+
+    id: str
+    images: tuple[Image, ...]
+    question: str
+    labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to answer an open question. Temperature 0 is greedy; `top_k` asks for that many alternatives."""
+
+    n: int = 1
+    max_tokens: int = 32
+    temperature: float = 0.0
+    top_k: int = 1
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """N answers of one query as a weighted set, made by one adapter version.
+
+    Sampled answers weigh 1/N each. In a closed set there is one rollout per label and its weight is the
+    label's probability, so that weighted sums are exact expectations over the policy.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]  # N sequences, end token included where there was one
+    logprobs: Tensor  # (N,) log-probability of each whole sequence when it was made
+    weights: Tensor  # (N,) sums to 1
+    texts: tuple[str, ...]
+    finished: tuple[bool, ...]  # False: cut at the length limit
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """What one step did; every number is a plain float so that it goes into manifests and metrics as is."""
+
+    groups: int
+    informative: int
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """The gate's reasoned judgement of a candidate; `reasons` is empty when it was accepted."""
+
+    accepted: bool
+    reasons: tuple[str, ...]
+    metrics: dict[str, float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"accepted": self.accepted, "reasons": list(self.reasons), "metrics": dict(self.metrics)}

@@ -1,0 +1,290 @@
+"""The wire types: one definition, used by the SDK to parse and by the server to answer.
+
+Requests refuse unknown fields (a typo is an error); results accept them, so that an older SDK can read a
+newer server.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+Task = Literal["vqa", "recognition"]
+Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
+Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+AdapterChoice = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+
+
+class Request(BaseModel):
+    """Base of everything a client sends."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Result(BaseModel):
+    """Base of everything the server returns."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, protected_namespaces=())
+
+
+# --- POST /v1/answer ---------------------------------------------------------------------------------
+
+
+class ImageUrl(Request):
+    """An image by address: `https://…` (off by default) or a `data:` URI."""
+
+    url: str = Field(max_length=20_000_000)
+
+
+class ImageData(Request):
+    """An image as base64 text."""
+
+    data: str = Field(max_length=20_000_000)
+    media_type: Literal["image/jpeg", "image/png", "image/webp"] | None = None
+
+
+ImageInput = Annotated[str, Field(max_length=20_000_000)] | ImageUrl | ImageData
+
+
+class AnswerRequest(Request):
+    """One question about an image. With `candidate_labels` it is recognition, otherwise VQA.
+
+    A plain string as image is a URL, a `data:` URI or bare base64.
+    """
+
+    image: ImageInput | None = None
+    images: Annotated[list[ImageInput], Field(min_length=1, max_length=8)] | None = None
+    question: Question | None = None
+    candidate_labels: Annotated[list[Label], Field(min_length=2, max_length=1000)] | None = None
+    task: Task | None = None
+    top_k: int | None = Field(None, ge=1, le=1000, description="candidates to return; 5 for recognition")
+    n: int = Field(1, ge=1, le=64, description="VQA: answers to sample and vote over")
+    max_tokens: int = Field(32, ge=1, le=1024)
+    temperature: float = Field(0.0, ge=0.0, le=2.0)
+    seed: int | None = Field(None, ge=0, lt=2**63)
+    adapter: AdapterChoice = Field("live", description="`live`, another alias, `base` or a version `v0007`")
+    adapt: bool = Field(True, description="may this query be kept for learning?")
+    stream: Literal[False] = False
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> AnswerRequest:
+        if (self.image is None) == (self.images is None):
+            raise ValueError("give exactly one of 'image' and 'images'")
+        if self.candidate_labels is not None and len(set(self.candidate_labels)) < len(self.candidate_labels):
+            raise ValueError("'candidate_labels' must be unique")
+        if self.task == "recognition" and self.candidate_labels is None:
+            raise ValueError("task 'recognition' needs 'candidate_labels'")
+        if self.task == "vqa" and self.candidate_labels is not None:
+            raise ValueError("task 'vqa' takes no 'candidate_labels'")
+        if self.candidate_labels is None and self.question is None:
+            raise ValueError("give a 'question', or 'candidate_labels' to choose from")
+        if self.n > 1 and self.candidate_labels is not None:
+            raise ValueError("'n' is for VQA: recognition already returns the whole distribution")
+        if self.n > 1 and self.temperature == 0:
+            raise ValueError("'n' above 1 needs a 'temperature' above 0")
+        return self
+
+
+class AdapterRef(Result):
+    """The adapter that made an answer. `version` is `v0000` for the untouched base model."""
+
+    name: str
+    version: str
+    alias: str | None = None
+    digest: str
+
+
+class Candidate(Result):
+    """One possible answer with its probability: `label` in recognition, `answer` in VQA."""
+
+    label: str | None = None
+    answer: str | None = None
+    score: float
+
+
+class Diagnostics(Result):
+    """How much to trust `confidence`.
+
+    `label_mass`: probability that the model, left free, would have answered one of the labels.
+    `argmax_is_label`: the likeliest first token begins one of the labels.
+    `votes`: share of each sampled answer (VQA, n > 1). `entropy`: of `candidates` or `votes`, in nats.
+    """
+
+    label_mass: float | None = None
+    argmax_is_label: bool | None = None
+    votes: dict[str, float] | None = None
+    entropy: float | None = None
+
+
+class Adaptation(Result):
+    """Whether this query was kept for learning and, if not, why."""
+
+    status: Literal["queued", "skipped"]
+    query_id: str | None = None
+    reason: str | None = None
+
+
+class Usage(Result):
+    """Tokens in the prompt (image tokens included) and in the answer."""
+
+    input_tokens: int
+    output_tokens: int
+
+
+class Timings(Result):
+    """Seconds waited for the engine and seconds computed."""
+
+    queue_s: float
+    inference_s: float
+
+
+class Answer(Result):
+    """The response to `POST /v1/answer`. `answer` is null where the model gave none (`unparsed`)."""
+
+    id: str
+    object: Literal["answer"] = "answer"
+    created: int
+    model: str
+    adapter: AdapterRef
+    task: Task
+    answer: str | None
+    confidence: float | None
+    confidence_source: Literal["label_probability", "sequence_probability", "vote_share"]
+    candidates: list[Candidate]
+    finish_reason: Literal["stop", "length", "unparsed"]
+    diagnostics: Diagnostics
+    adaptation: Adaptation
+    usage: Usage
+    timings: Timings
+
+
+# --- adapters and adaptation (admin key) -------------------------------------------------------------
+
+
+class VersionInfo(Result):
+    """An immutable version of an adapter, as its manifest describes it."""
+
+    version: str
+    parent: str | None = None
+    created: float
+    origin: Literal["base", "worker", "snapshot", "reset"]
+    label: str | None = None
+    digest: str
+    base_digest: str
+    rank: int
+    target_modules: list[str] | str
+    step_range: tuple[int, int] | None = None
+    num_queries: int = 0
+    metrics: dict[str, float] = {}
+    gate: dict[str, Any] | None = None
+    metadata: dict[str, str] = {}
+
+
+class AdapterInfo(Result):
+    """A named line of versions. `serving` is what this process answers with, `aliases` what is wanted."""
+
+    name: str
+    aliases: dict[str, str]
+    live: str
+    serving: str
+    generation: int
+    num_versions: int
+    resident: list[str]
+    leases: dict[str, int]
+
+
+class SnapshotRequest(Request):
+    label: Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+    metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] = {}
+
+
+class PromoteRequest(Request):
+    version: AdapterChoice
+
+
+class RollbackRequest(Request):
+    to: AdapterChoice | None = None
+
+
+class ResetRequest(Request):
+    to: AdapterChoice = "base"
+    purge_buffer: bool = False
+
+
+class BufferStatus(Result):
+    """The query buffer: `connected` false means answers go on and nothing is learned."""
+
+    connected: bool
+    waiting: int = 0
+    pending: int = 0
+    dead: int = 0
+    bytes: int = 0
+    ledger: dict[str, int] = {}
+
+
+class WorkerStatus(Result):
+    """The last word of the worker; `state` is `absent` when its heartbeat is older than its lease."""
+
+    state: Literal["absent", "idle", "learning", "paused", "degraded"]
+    version: str | None = None
+    steps: int = 0
+    last_step: dict[str, float] = {}
+    last_verdict: dict[str, Any] | None = None
+    error: str | None = None
+
+
+class AdaptationStatus(Result):
+    """Is it learning, from what, and how far is serving behind?"""
+
+    adapter: str
+    paused: bool
+    live: str
+    serving: str
+    lag_versions: int
+    buffer: BufferStatus
+    worker: WorkerStatus
+
+
+class AuditEntry(Result):
+    """One administrative act."""
+
+    timestamp: float
+    event: str
+    actor: str
+    request_id: str | None = None
+    details: dict[str, Any] = {}
+
+
+class Page(Result):
+    """One page of a listing; `next_cursor` is null on the last."""
+
+    data: list[Any]
+    next_cursor: str | None = None
+
+
+class Problem(Result):
+    """RFC 9457 problem document, with a stable `code` and the field it is about."""
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    instance: str | None = None
+    code: str
+    param: str | None = None
+    request_id: str | None = None
+
+
+class Info(Result):
+    """What is running."""
+
+    version: str
+    model: str
+    base_digest: str
+    adapter: str
+    engine: str
+    device: str
+    dtype: str
+    limits: dict[str, int]

@@ -1,0 +1,97 @@
+"""One frozen Settings, read exactly once: flags > SERVETUNE_* > servetune.toml > defaults."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from platformdirs import user_data_path
+from pydantic import Field, SecretStr
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+
+def _default_threads(share: float) -> int:
+    return max(1, round((os.cpu_count() or 1) * share))
+
+
+class Settings(BaseSettings):
+    """Everything an operator can choose. A misspelt name in servetune.toml or a flag is an error."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="SERVETUNE_", frozen=True, extra="forbid", toml_file="servetune.toml"
+    )
+
+    home: Path = Field(default_factory=lambda: user_data_path("servetune"), description="all state lives here")
+    model: str = Field("nano", description="`nano`, a folder or a hub id of an image-text-to-text checkpoint")
+    adapter: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="name of the adapter line")
+
+    # HTTP
+    host: str = "127.0.0.1"
+    port: int = Field(8000, ge=0, le=65535)
+    api_keys: tuple[SecretStr, ...] = Field((), description="user keys; none: loopback only, /answer open")
+    admin_key: SecretStr | None = Field(None, description="default: the file admin.key in the home")
+    max_body_bytes: int = Field(16_000_000, ge=1024)
+    max_image_pixels: int = Field(50_000_000, ge=4096)
+    max_image_side: int = Field(12_000, ge=64)
+    decode_side: int = Field(2048, ge=64, description="longest side an image is decoded to, in pixels")
+    image_hosts: tuple[str, ...] = Field((), description="https hosts that image URLs may name; none: off")
+    queue_size: int = Field(256, ge=1, description="requests waiting for the engine before 503")
+    request_timeout_s: float = Field(60.0, gt=0)
+
+    # engine
+    device: str = Field("auto", description="auto, cpu, cuda")
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    serve_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
+    recognition_question: str | None = Field(None, description="default question of recognition requests")
+    swap_poll_s: float = Field(0.25, gt=0)
+
+    # LoRA
+    lora_rank: int = Field(8, ge=1, le=256)
+    lora_alpha: int = Field(16, ge=1)
+    lora_targets: Literal["language", "vision", "all"] = "language"
+
+    # buffer
+    redis_url: str | None = Field(None, description="default: the embedded Valkey under the home")
+    buffer_key: SecretStr | None = Field(None, description="base64 key of stored images; default: home/buffer.key")
+    buffer_queries: int = Field(10_000, ge=1)
+    buffer_bytes: int = Field(1_000_000_000, ge=1)
+    buffer_ttl_s: int = Field(7 * 86_400, ge=1)
+    buffer_client_share: float = Field(0.5, gt=0, le=1, description="cap per client, from two clients up")
+    buffer_wait_s: float = Field(0.05, ge=0, description="how long an answer waits for the buffer at most")
+
+    # worker
+    worker: bool = Field(True, description="`servetune serve` starts a worker beside the API")
+    worker_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
+    learner: Literal["default", "ttrv", "released", "majority", "random", "format-only"] = "default"
+    num_rollouts: int = Field(32, ge=2, le=512)
+    max_answer_tokens: int = Field(32, ge=1, le=1024)
+    queries_per_step: int = Field(8, ge=1)
+    steps_per_candidate: int = Field(2, ge=1)
+    flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
+    lease_s: float = Field(60.0, gt=1)
+    max_deliveries: int = Field(3, ge=1)
+    learning_rate: float = Field(1e-3, gt=0)
+    kl_coefficient: float = Field(0.04, ge=0)
+    seed: int = 0
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return sources["init_settings"], sources["env_settings"], TomlConfigSettingsSource(settings_cls)
+
+    def path(self, *parts: str) -> Path:
+        """A path below the home, whose folders are private to the user."""
+        target = self.home.joinpath(*parts)
+        target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return target
+
+    def without_secrets(self) -> dict[str, Any]:
+        """The resolved settings, fit to print."""
+        return self.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})
