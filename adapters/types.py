@@ -35,17 +35,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """N answers of one query as a weighted set, made by one adapter version.
+    """The distinct answers to one query as a weighted set, made by one adapter version.
 
-    Sampled answers weigh 1/N each. In a closed set there is one rollout per label and its weight is the
-    label's probability, so that weighted sums are exact expectations over the policy.
+    An answer drawn c times out of N weighs c/N. In a closed set there is one rollout per label and its weight
+    is the label's probability, so that weighted sums are exact expectations over the policy.
     """
 
-    tokens: tuple[tuple[int, ...], ...]  # N sequences, end token included where there was one
-    logprobs: Tensor  # (N,) log-probability of each whole sequence when it was made
-    weights: Tensor  # (N,) sums to 1
-    texts: tuple[str, ...]
-    finished: tuple[bool, ...]  # False: cut at the length limit
+    tokens: tuple[tuple[int, ...], ...]  # M sequences, end token included where there was one
+    answers: tuple[str, ...]  # canonical; empty where the answer is empty or was cut at the length limit
+    weights: Tensor  # (M,) sums to 1
+    logprobs: Tensor  # (M,) log-probability of each whole sequence when it was made
+    num: int | None  # N answers were drawn; None: the weights are exact
     version: int
 
 

@@ -1,0 +1,272 @@
+"""A checkpoint made usable: its model, its processor, and the few facts in which families differ.
+
+This is the only module that knows that families exist. What the rest of the learning core sees is a prompt,
+its vision features, one prefill and the extension of a key-value cache by further tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL.Image import Image
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    DynamicCache,
+)
+from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
+
+
+class UnsupportedModel(ValueError):
+    """The checkpoint cannot be served; the message names what is missing and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A rendered chat turn: `input_ids` (1, P) and whatever the family's vision tower takes."""
+
+    inputs: dict[str, Tensor]
+
+    @property
+    def length(self) -> int:
+        return int(self.inputs["input_ids"].shape[1])
+
+
+@dataclass(slots=True)
+class Prefix:
+    """A prompt after its forward pass, to be extended by any number of continuations.
+
+    `position` is the position id of the first continued token: M-RoPE families count an image as fewer
+    positions than it has tokens.
+    """
+
+    cache: DynamicCache
+    logits: Tensor  # (1, V) after the last prompt token, float32
+    length: int
+    position: int
+
+    def fork(self) -> DynamicCache:
+        """A cache that shares the prompt's tensors; extending it leaves this prefix untouched."""
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
+        return cache
+
+
+class Family:
+    """One loaded image-text-to-text checkpoint, frozen and in evaluation mode."""
+
+    def __init__(self, model: nn.Module, processor: Any, recognition_question: str, source: str) -> None:
+        self.model: Any = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
+        self.recognition_question = recognition_question
+        self.source = source
+        self.end_tokens = frozenset(_end_tokens(self.model, self.tokenizer))
+        self.forbidden = torch.tensor(sorted(_placeholder_tokens(self.model.config)), dtype=torch.long)
+        self._special = sorted({str(t) for t in self.tokenizer.get_added_vocab()}, key=len, reverse=True)
+
+    @classmethod
+    def load(cls, source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Family:
+        """Load a folder or hub id.
+
+        Raises:
+            UnsupportedModel: not an image-text-to-text checkpoint, no chat template, or attention that
+                cannot share a prompt between rollouts.
+        """
+        config = AutoConfig.from_pretrained(source)
+        _require_full_attention(config)
+        processor = _load_processor(source, config)
+        if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
+            raise UnsupportedModel(f"{source} has no chat template: use its instruction-tuned variant")
+        try:
+            model = AutoModelForImageTextToText.from_pretrained(
+                source, dtype=dtype, attn_implementation="sdpa", device_map=None
+            )
+        except ValueError as error:
+            raise UnsupportedModel(f"{source} is not an image-text-to-text checkpoint: {error}") from error
+        return cls(model.to(device), processor, _recognition_question(source), source)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    def prompt(self, images: Sequence[Image], question: str) -> Prompt:
+        """Render one user turn with its images; special tokens in the question are made plain text."""
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": self._plain(question)}]
+        # The tokenizer renders: some processors' own method insists on a video part.
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=self.template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt")
+        tensors = {name: value.to(self.device) for name, value in inputs.items() if isinstance(value, Tensor)}
+        return Prompt(tensors)
+
+    def see(self, prompt: Prompt) -> dict[str, Any]:
+        """Vision features of a prompt, projected to the language model, in the form `prefill` takes.
+
+        They do not depend on a language-model adapter, so one pass serves every version and rollout.
+        """
+        takes = inspect.signature(self.model.get_image_features).parameters
+        inputs = {name: value for name, value in prompt.inputs.items() if name in takes and name not in _TEXT}
+        return {"image": self.model.get_image_features(**inputs, return_dict=True)}
+
+    def prefill(self, prompt: Prompt, features: dict[str, Any]) -> Prefix:
+        """One forward pass over the prompt; differentiable in the adapter's weights."""
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        inputs = {name: value for name, value in prompt.inputs.items() if name not in _PIXELS}
+        # The model writes into the dict that it is given.
+        output = self.model(
+            **inputs,
+            mm_encoder_outputs=dict(features),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        shift = getattr(self.model.base_model, "rope_deltas", None)
+        position = prompt.length + (0 if shift is None else int(shift.reshape(-1)[0]))
+        return Prefix(cache, output.logits[:, -1].float(), prompt.length, position)
+
+    def extend(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+        """Feed M further tokens that share one cache row.
+
+        Args:
+            tokens: (M,) token ids.
+            positions: (M,) position ids.
+            mask: (M, cached + M) True where a token may look, or None for plain causal attention.
+
+        Returns:
+            (M, V) float32 logits.
+        """
+        attention = None
+        if mask is not None:
+            dtype = self.model.dtype
+            attention = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            attention = attention.masked_fill(~mask, torch.finfo(dtype).min)[None, None]
+        output = self.model(
+            input_ids=tokens[None],
+            attention_mask=attention,
+            position_ids=positions[None],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def tokens(self, answer: str) -> tuple[int, ...]:
+        """Token ids of an answer as the model would write it, end token included."""
+        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
+        return (*ids, self.end_token)
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The answer that these tokens spell, without special tokens or surrounding space."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    @property
+    def end_token(self) -> int:
+        """The end token that the chat template itself uses, where it can be told."""
+        template_end = self.tokenizer.eos_token_id
+        return int(template_end) if template_end in self.end_tokens else min(self.end_tokens)
+
+    @cached_property
+    def decoder_name(self) -> str:
+        """Qualified name of the language model inside the checkpoint."""
+        decoder = self.model.get_decoder()
+        return next(name for name, module in self.model.named_modules() if module is decoder)
+
+    def linear_names(self, part: str) -> list[str]:
+        """Qualified names of the linear layers of the `language`, `vision` or `all` part."""
+        head = self.model.get_output_embeddings()
+        names = []
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear) and module is not head:
+                is_language = name.startswith(f"{self.decoder_name}.")
+                if part == "all" or is_language == (part == "language"):
+                    names.append(name)
+        return names
+
+    def digest(self) -> str:
+        """Fingerprint of the base weights: `sha256:` over names, shapes and values."""
+        total = hashlib.sha256()
+        for name, value in sorted(self.model.state_dict().items()):
+            total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            total.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().data)
+        return f"sha256:{total.hexdigest()}"
+
+    def _plain(self, question: str) -> str:
+        for token in self._special:
+            question = question.replace(token, f"{token[0]} {token[1:]}")
+        return question
+
+
+_TEXT = frozenset({"input_ids", "attention_mask", "mm_token_type_ids"})
+_PIXELS = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images"})
+
+
+def _require_full_attention(config: Any) -> None:
+    """Rollouts share one prompt cache, which sliding-window and recurrent layers do not keep."""
+    text = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"}:
+        raise UnsupportedModel(
+            f"{config.model_type} mixes {', '.join(sorted(kinds))}: servetune needs full attention in every layer"
+        )
+
+
+def _load_processor(source: str, config: Any) -> Any:
+    """The checkpoint's processor; where its video part cannot be built (torchvision), images alone."""
+    try:
+        return AutoProcessor.from_pretrained(source)
+    except (ImportError, AttributeError, ValueError):
+        whole = PROCESSOR_MAPPING[type(config)]
+
+    # A processor learns its parts from `get_attributes`: naming only two makes it an image processor.
+    class ImageOnly(whole):  # type: ignore[misc, valid-type]
+        @classmethod
+        def get_attributes(cls) -> list[str]:
+            return ["image_processor", "tokenizer"]
+
+    known, _ = whole.get_processor_dict(source)
+    parts = AutoImageProcessor.from_pretrained(source), AutoTokenizer.from_pretrained(source)
+    takes = inspect.signature(whole.__init__).parameters
+    options = {name: value for name, value in known.items() if name in takes and "processor" not in name}
+    options.setdefault("chat_template", parts[1].chat_template)
+    return ImageOnly(image_processor=parts[0], tokenizer=parts[1], video_processor=None, **options)
+
+
+def _end_tokens(model: Any, tokenizer: Any) -> Iterator[int]:
+    for ids in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        yield from [ids] if isinstance(ids, int) else ids or []
+
+
+def _placeholder_tokens(config: Any) -> Iterator[int]:
+    """Ids that stand for an image or a video; sampled, they would break any later forward pass."""
+    for name in ("image_token_id", "video_token_id", "image_token_index", "video_token_index"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and 0 <= value < config.get_text_config().vocab_size:
+            yield value
+
+
+def _recognition_question(source: str) -> str:
+    """A checkpoint folder may say in `servetune.json` how it was taught to be asked."""
+    path = Path(source, "servetune.json")
+    if not path.is_file():
+        return DEFAULT_RECOGNITION_QUESTION
+    return str(json.loads(path.read_text()).get("recognition_question", DEFAULT_RECOGNITION_QUESTION))

@@ -1,0 +1,189 @@
+"""The policy: a frozen family with LoRA slots. One thread at a time may use it.
+
+A slot holds one adapter version. Choosing a slot is cheap, loading a version copies small tensors, and the
+reference is the same model with every adapter off.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, get_peft_model
+from PIL import Image
+from torch import Tensor
+
+from servetune.adapters import tree
+from servetune.adapters.family import Family, Prefix, Prompt
+from servetune.adapters.types import Query
+
+Part = Literal["language", "vision", "all"]
+PROBE_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """Shape of an adapter. `part` says which linear layers carry it: language, vision or all."""
+
+    rank: int = 8
+    alpha: int = 16
+    part: Part = "language"
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What the policy sees of a query: the rendered prompt and its vision features."""
+
+    prompt: Prompt
+    features: dict[str, Any]
+
+
+class Policy:
+    """A family plus LoRA slots.
+
+    Args:
+        family: the loaded checkpoint; its linear layers are wrapped in place.
+        spec: rank, scaling and placement of every slot.
+        slots: names of the adapters to make; the first is active. A name must not be an attribute of modules.
+    """
+
+    def __init__(self, family: Family, spec: LoraSpec, slots: Sequence[str] = ("default",)) -> None:
+        self.family = family
+        self.spec = spec
+        self.target_modules = _target_pattern(family, spec.part)
+        self.config = LoraConfig(
+            r=spec.rank,
+            lora_alpha=spec.alpha,
+            target_modules=self.target_modules,
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=family.source,
+        )
+        self._peft = get_peft_model(family.model, self.config, adapter_name=slots[0])
+        for slot in slots[1:]:
+            self._peft.add_adapter(slot, self.config)
+        self._peft.eval()
+        self._slots = {slot: self._parameters_of(slot) for slot in slots}
+        self.active: str | None = slots[0]
+        self.use(slots[0])
+
+    def peft_config(self) -> dict[str, Any]:
+        """What `adapter_config.json` says, so that plain PEFT loads a version."""
+        config = {**self.config.to_dict(), "inference_mode": True}
+        plain: dict[str, Any] = json.loads(json.dumps(config, default=sorted))
+        return plain
+
+    # --- adapters ------------------------------------------------------------------------------------
+
+    def use(self, slot: str | None) -> None:
+        """Make a slot the active adapter; None is the untouched base model."""
+        if slot is None:
+            self._peft.base_model.disable_adapter_layers()
+        else:
+            self._peft.base_model.enable_adapter_layers()
+            self._peft.set_adapter(slot)
+        self.active = slot
+
+    @contextmanager
+    def reference(self) -> Iterator[None]:
+        """The same weights with the adapter off, without gradient."""
+        before = self.active
+        self.use(None)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.use(before)
+
+    def parameters(self, slot: str) -> dict[str, torch.nn.Parameter]:
+        """The live LoRA parameters of a slot by their PEFT file keys."""
+        return self._slots[slot]
+
+    def weights(self, slot: str) -> dict[str, Tensor]:
+        """A copy of a slot's weights, in PEFT's file format."""
+        return {key: value.detach().cpu().clone() for key, value in self._slots[slot].items()}
+
+    def load(self, slot: str, weights: Mapping[str, Tensor]) -> None:
+        """Copy weights into a slot.
+
+        Raises:
+            ValueError: other keys or shapes than the slot's, or values that are not finite.
+        """
+        self.check(weights)
+        with torch.no_grad():
+            for key, parameter in self._slots[slot].items():
+                parameter.copy_(weights[key])
+
+    def check(self, weights: Mapping[str, Tensor]) -> None:
+        """Refuse weights that do not fit this policy; a silent partial load is how adapters get lost."""
+        slot = next(iter(self._slots.values()))
+        if weights.keys() != slot.keys():
+            odd = sorted(weights.keys() ^ slot.keys())
+            raise ValueError(f"{len(odd)} tensors do not match this model's adapter, e.g. {odd[0]}")
+        for key, value in weights.items():
+            if value.shape != slot[key].shape:
+                raise ValueError(f"{key} has shape {tuple(value.shape)}, expected {tuple(slot[key].shape)}")
+            if not torch.isfinite(value).all():
+                raise ValueError(f"{key} holds values that are not finite")
+
+    def zero_weights(self) -> dict[str, Tensor]:
+        """An adapter that changes nothing: random A as PEFT draws it, B zero."""
+        generator = torch.Generator().manual_seed(0)
+        slot = next(iter(self._slots.values()))
+        zero = {}
+        for key, value in slot.items():
+            zero[key] = torch.zeros(value.shape)
+            if ".lora_A." in key:
+                bound = value.shape[1] ** -0.5
+                zero[key].uniform_(-bound, bound, generator=generator)
+        return zero
+
+    def _parameters_of(self, slot: str) -> dict[str, torch.nn.Parameter]:
+        mark = f".{slot}.weight"
+        return {
+            name.removesuffix(mark) + ".weight": parameter
+            for name, parameter in self._peft.named_parameters()
+            if "lora_" in name and name.endswith(mark)
+        }
+
+    # --- answers -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def observe(self, query: Query) -> Observation:
+        """Process a query's images and question and encode the images."""
+        prompt = self.family.prompt(query.images, query.question)
+        return Observation(prompt, self.family.see(prompt))
+
+    def begin(self, observation: Observation) -> Prefix:
+        """Forward the prompt once with the active adapter; differentiable unless under no_grad."""
+        features = observation.features
+        if self.spec.part != "language":  # the adapter acts on vision too: cached features would be stale
+            features = self.family.see(observation.prompt)
+        return self.family.prefill(observation.prompt, features)
+
+    def label_logprobs(self, prefix: Prefix, labels: Sequence[str]) -> Tensor:
+        """(L,) log-probability that the whole answer is exactly this label, end token included."""
+        logprobs, _ = tree.score(self.family, prefix, [self.family.tokens(label) for label in labels])
+        return logprobs.sum(-1)
+
+    @torch.no_grad()
+    def probe(self) -> tuple[float, ...]:
+        """Logits of the active adapter on a fixed image and question: tells versions apart."""
+        ramp = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+        prompt = self.family.prompt([ramp], "What is this?")
+        logits = self.family.prefill(prompt, self.family.see(prompt)).logits[0]
+        places = torch.linspace(0, len(logits) - 1, PROBE_SIZE).long()
+        return tuple(round(value, 6) for value in logits[places.to(logits.device)].tolist())
+
+
+def _target_pattern(family: Family, part: Part) -> str:
+    """A regular expression over module names that matches exactly the linear layers of a part."""
+    names = family.linear_names(part)
+    leaves = "|".join(sorted({re.escape(name.rsplit(".", 1)[-1]) for name in names}))
+    decoder = re.escape(family.decoder_name)
+    start = {"language": rf"{decoder}\.", "vision": rf"(?!{decoder}\.)", "all": ""}[part]
+    return rf"{start}.*\.({leaves})"

@@ -1,0 +1,415 @@
+"""Versions on disk: immutable PEFT directories with a manifest, and aliases that move over them.
+
+`<root>/<adapter>/v0007/` holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`. It is
+written to a staging folder, synced and renamed, so that a version is there completely or not at all. Aliases
+are one small file, replaced atomically; `live` carries a generation that only grows, and whoever moves it can
+say which generation they looked at. A file lock orders the writers of all processes; readers need none.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import tarfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as dump_safetensors
+from torch import Tensor
+
+from servetune.adapters.types import BASE
+
+Origin = Literal["base", "worker", "snapshot", "reset"]
+WEIGHTS, CONFIG, OPTIMIZER, MANIFEST = (
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "optimizer.safetensors",
+    "manifest.json",
+)
+RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_VERSION = re.compile(r"v(\d{4,9})")
+
+
+class StoreError(Exception):
+    """Base of what the store refuses; `code` is stable."""
+
+    code = "store_error"
+
+
+class UnknownVersion(StoreError):
+    """No version or alias has that name."""
+
+    code = "adapter_not_found"
+
+
+class CorruptVersion(StoreError):
+    """A file is missing or its SHA-256 is not the manifest's."""
+
+    code = "adapter_corrupt"
+
+
+class AliasMoved(StoreError):
+    """`live` was moved by somebody else since it was read."""
+
+    code = "alias_moved"
+
+
+class NameTaken(StoreError):
+    """The name is reserved, malformed or in use."""
+
+    code = "name_taken"
+
+
+class ForeignStore(StoreError):
+    """The store's versions belong to another base model or another shape of adapter."""
+
+    code = "adapter_incompatible"
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Where `live` points, and how often it has been moved."""
+
+    version: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a version is and where it came from. `digest` is the SHA-256 of its weights file."""
+
+    version: int
+    parent: int | None
+    created: float
+    origin: Origin
+    digest: str
+    base_digest: str
+    rank: int
+    target_modules: str
+    probe: tuple[float, ...]
+    label: str | None = None
+    generation: int = 0  # of `live`, when the version was made
+    step_range: tuple[int, int] | None = None
+    query_ids: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, Any] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """A version before it is published: its content and its story."""
+
+    weights: Mapping[str, Tensor]
+    origin: Origin
+    parent: int | None
+    probe: tuple[float, ...]
+    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    label: str | None = None
+    generation: int = 0
+    step_range: tuple[int, int] | None = None
+    query_ids: tuple[str, ...] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    gate: dict[str, Any] | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def version_name(number: int) -> str:
+    """7 -> `v0007`."""
+    return f"v{number:04d}"
+
+
+class AdapterStore:
+    """One adapter's versions and aliases below `root`; safe to share between processes."""
+
+    def __init__(self, root: Path, adapter: str = "default") -> None:
+        if not _NAME.fullmatch(adapter):
+            raise NameTaken(f"{adapter!r} is not an adapter name: use lower-case letters, digits, - _ .")
+        self.name = adapter
+        self.folder = root / adapter
+        self._aliases = self.folder / "aliases.json"
+        self._pause_mark = self.folder / "learning.paused"
+
+    # --- reading -------------------------------------------------------------------------------------
+
+    def versions(self) -> list[int]:
+        """Numbers of all versions, ascending; 0 is the base."""
+        found = (_VERSION.fullmatch(path.name) for path in self.folder.glob("v*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def manifest(self, version: int) -> Manifest:
+        """Raises UnknownVersion, or CorruptVersion where the manifest itself cannot be read."""
+        path = self._path(version) / MANIFEST
+        try:
+            content = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise UnknownVersion(f"{self.name} has no version {version_name(version)}") from None
+        except ValueError:
+            raise CorruptVersion(f"{version_name(version)}: the manifest is not readable") from None
+        for name in ("probe", "query_ids", "step_range"):
+            if content[name] is not None:
+                content[name] = tuple(content[name])
+        return Manifest(**content)
+
+    def weights(self, version: int) -> dict[str, Tensor]:
+        """The verified weights of a version. Raises UnknownVersion, CorruptVersion."""
+        return parse_safetensors(self._verified(version, WEIGHTS))
+
+    def optimizer(self, version: int) -> dict[str, Tensor]:
+        """The optimizer state kept with a version, empty where none was. Raises CorruptVersion."""
+        if OPTIMIZER not in self.manifest(version).files:
+            return {}
+        return parse_safetensors(self._verified(version, OPTIMIZER))
+
+    def aliases(self) -> dict[str, int]:
+        """Where every alias points; `base` is always version 0."""
+        return {**self._read_aliases()["aliases"], "base": BASE}
+
+    def live(self) -> Alias:
+        """The version that should be served. Raises UnknownVersion before `initialise`."""
+        content = self._read_aliases()
+        if "live" not in content["aliases"]:
+            raise UnknownVersion(f"{self.name} has not been initialised")
+        return Alias(content["aliases"]["live"], content["generation"])
+
+    def resolve(self, choice: str) -> int:
+        """A version number for `live`, an alias, `base`, `latest` or `v0007`. Raises UnknownVersion."""
+        if match := _VERSION.fullmatch(choice):
+            number = int(match[1])
+            if number in self.versions():
+                return number
+        elif choice == "latest":
+            return self.versions()[-1]
+        elif choice in (aliases := self.aliases()):
+            return aliases[choice]
+        raise UnknownVersion(f"{self.name} has no version or alias {choice!r}")
+
+    def learned_from(self, query_ids: set[str]) -> set[str]:
+        """Those of the given queries that some version names: they must not train again."""
+        found: set[str] = set()
+        for version in self.versions():
+            found |= query_ids.intersection(self.manifest(version).query_ids)
+        return found
+
+    @property
+    def paused(self) -> bool:
+        """Is learning switched off by the operator?"""
+        return self._pause_mark.exists()
+
+    # --- writing -------------------------------------------------------------------------------------
+
+    def initialise(
+        self, zero: Mapping[str, Tensor], config: dict[str, Any], base_digest: str, probe: tuple[float, ...]
+    ) -> None:
+        """Make version 0, the zero adapter, or check that the store belongs to this base and shape.
+
+        Raises:
+            ForeignStore: the store was made for another base model, rank or set of layers.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._lock():
+            for leftover in self.folder.glob(".staging-*"):
+                shutil.rmtree(leftover)
+            if BASE not in self.versions():
+                draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
+                self._write(BASE, draft, config, base_digest)
+                self._write_aliases({"aliases": {"live": BASE, "last-good": BASE}, "generation": 1})
+        made = self.manifest(BASE)
+        wanted = (base_digest, config["r"], config["target_modules"])
+        if (made.base_digest, made.rank, made.target_modules) != wanted:
+            raise ForeignStore(
+                f"adapter {self.name!r} in {self.folder} was made for another base model or adapter shape: "
+                "choose another --adapter name, or another home"
+            )
+
+    def publish(self, draft: Draft) -> Manifest:
+        """Write a new immutable version; no alias moves."""
+        with self._lock():
+            return self._publish(draft)
+
+    def promote(self, version: int, expected_generation: int | None = None) -> Alias:
+        """Move `live`; the version it left becomes `last-good`.
+
+        Raises:
+            UnknownVersion, CorruptVersion: nothing servable is there.
+            AliasMoved: `live` is no longer at `expected_generation`.
+        """
+        with self._lock():
+            self._verified(version, WEIGHTS)
+            return self._move_live(version, expected_generation)
+
+    def rollback(self, to: int | None = None) -> Alias:
+        """Move `live` back to an existing version, by default to `last-good`."""
+        with self._lock():
+            target = self.aliases()["last-good"] if to is None else to
+            self._verified(target, WEIGHTS)
+            return self._move_live(target, None, keep_last_good=True)
+
+    def snapshot(self, label: str, metadata: dict[str, str] | None = None) -> Manifest:
+        """Keep the live weights as a labelled version, with an alias of that label.
+
+        Raises:
+            NameTaken: the label is reserved or already names a version.
+        """
+        with self._lock():
+            if label in RESERVED or _VERSION.fullmatch(label) or not _NAME.fullmatch(label):
+                raise NameTaken(f"{label!r} is reserved or not a lower-case name: choose another label")
+            if label in self.aliases():
+                raise NameTaken(f"{label!r} already names {version_name(self.aliases()[label])}")
+            made = self._copy(self.live().version, "snapshot", label, metadata or {})
+            content = self._read_aliases()
+            content["aliases"][label] = made.version
+            self._write_aliases(content)
+            return made
+
+    def reset(self, to: int = BASE) -> Manifest:
+        """Publish the weights of `to` (default: the zero adapter) as a new version and make it live."""
+        with self._lock():
+            made = self._copy(to, "reset", None, {})
+            self._move_live(made.version, None)
+            return made
+
+    def set_paused(self, paused: bool) -> None:
+        """Switch learning off or on; kept on disk, so it outlives every process."""
+        if paused:
+            self._pause_mark.touch()
+        else:
+            self._pause_mark.unlink(missing_ok=True)
+        _sync(self.folder)
+
+    def export(self, version: int) -> Iterator[bytes]:
+        """A tar of the version's PEFT directory, in pieces. Raises UnknownVersion, CorruptVersion."""
+        names = [WEIGHTS, CONFIG, MANIFEST]
+        for name in (WEIGHTS, CONFIG):
+            self._verified(version, name)
+        folder = self._path(version)
+        for name in names:
+            content = (folder / name).read_bytes()
+            info = tarfile.TarInfo(f"{version_name(version)}/{name}")
+            info.size, info.mtime = len(content), int((folder / name).stat().st_mtime)
+            yield info.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+        yield bytes(2 * tarfile.BLOCKSIZE)
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _path(self, version: int) -> Path:
+        return self.folder / version_name(version)
+
+    def _verified(self, version: int, name: str) -> bytes:
+        expected = self.manifest(version).files.get(name)
+        try:
+            content = (self._path(version) / name).read_bytes()
+        except FileNotFoundError:
+            raise CorruptVersion(f"{version_name(version)}: {name} is missing") from None
+        if expected != hashlib.sha256(content).hexdigest():
+            raise CorruptVersion(f"{version_name(version)}: {name} does not match its SHA-256")
+        return content
+
+    def _publish(self, draft: Draft) -> Manifest:
+        base = self.manifest(BASE)
+        config = json.loads(self._verified(BASE, CONFIG))
+        return self._write(self.versions()[-1] + 1, draft, config, base.base_digest)
+
+    def _copy(self, source: int, origin: Origin, label: str | None, metadata: dict[str, str]) -> Manifest:
+        made = self.manifest(source)
+        draft = Draft(
+            weights=self.weights(source),
+            optimizer=self.optimizer(source) if origin == "snapshot" else {},
+            origin=origin,
+            parent=source,
+            probe=made.probe,
+            label=label,
+            metadata=metadata,
+            generation=self.live().generation,
+        )
+        return self._publish(draft)
+
+    def _write(self, version: int, draft: Draft, config: dict[str, Any], base_digest: str) -> Manifest:
+        content = {WEIGHTS: dump_safetensors(dict(draft.weights), metadata={"format": "pt"})}
+        content[CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
+        if draft.optimizer:
+            content[OPTIMIZER] = dump_safetensors(dict(draft.optimizer))
+        files = {name: hashlib.sha256(data).hexdigest() for name, data in content.items()}
+        story = asdict(draft)
+        for name in ("weights", "optimizer"):
+            del story[name]
+        manifest = Manifest(
+            version=version,
+            created=time.time(),
+            digest=f"sha256:{files[WEIGHTS]}",
+            base_digest=base_digest,
+            rank=config["r"],
+            target_modules=config["target_modules"],
+            files=files,
+            **story,
+        )
+        content[MANIFEST] = json.dumps(asdict(manifest), indent=1).encode()
+        self._place(version, content)
+        return manifest
+
+    def _place(self, version: int, content: dict[str, bytes]) -> None:
+        staging = self.folder / f".staging-{version_name(version)}"
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        for name, data in content.items():  # the manifest comes last
+            with (staging / name).open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        _sync(staging)
+        staging.rename(self._path(version))
+        _sync(self.folder)
+
+    def _move_live(self, version: int, expected: int | None, keep_last_good: bool = False) -> Alias:
+        content = self._read_aliases()
+        if expected is not None and content["generation"] != expected:
+            raise AliasMoved(f"live is at generation {content['generation']}, not {expected}")
+        before = content["aliases"]["live"]
+        if before != version and not keep_last_good:
+            content["aliases"]["last-good"] = before
+        content["aliases"]["live"] = version
+        content["generation"] += 1
+        self._write_aliases(content)
+        return Alias(version, content["generation"])
+
+    def _read_aliases(self) -> dict[str, Any]:
+        try:
+            content: dict[str, Any] = json.loads(self._aliases.read_bytes())
+        except FileNotFoundError:
+            return {"aliases": {}, "generation": 0}
+        return content
+
+    def _write_aliases(self, content: dict[str, Any]) -> None:
+        staging = self._aliases.with_suffix(".staging")
+        with staging.open("w") as file:
+            json.dump(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staging, self._aliases)
+        _sync(self.folder)
+
+    @contextmanager
+    def _lock(self) -> Iterator[None]:
+        with (self.folder / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _sync(folder: Path) -> None:
+    """Make renames and new names in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,189 @@
+"""Many answers to one prompt, as a tree of tokens: whatever they share is computed once.
+
+The prompt's key-value cache has a single row, and so has everything below it: tokens of different answers lie
+side by side in that row, and a mask lets each see the prompt, its own ancestors and itself. Thirty-two rollouts
+that agree on their first token feed that token once; so do labels with a common beginning. Compared with N
+copies of the prompt this is the same arithmetic without the repetition, and it is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from servetune.adapters.family import Family, Prefix
+
+MAX_NODES = 2048
+"""Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An answer drawn `count` times: its tokens, their summed log-probability, and whether it came to an end."""
+
+    tokens: tuple[int, ...]
+    logprob: float
+    count: int
+    finished: bool
+
+
+def score(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given token sequences after a prompt.
+
+    Returns:
+        (N, T) log-probabilities of the tokens, zero where padded, and the (N, T) mask that is True on tokens.
+    """
+    rows: list[Tensor] = []
+    for part in _parts(sequences):
+        rows.extend(_score_part(family, prefix, part))
+    longest = max(len(row) for row in rows)
+    padded = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
+    lengths = torch.tensor([len(row) for row in rows], device=padded.device)
+    return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
+
+
+def _parts(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    part: list[Sequence[int]] = []
+    size = 0
+    for sequence in sequences:
+        if part and size + len(sequence) > MAX_NODES:
+            yield part
+            part, size = [], 0
+        part.append(sequence)
+        size += len(sequence)
+    if part:
+        yield part
+
+
+def _score_part(family: Family, prefix: Prefix, sequences: list[Sequence[int]]) -> list[Tensor]:
+    nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; parents come before children
+    paths = []
+    for sequence in sequences:
+        node, path = -1, []
+        for token in sequence:
+            node = nodes.setdefault((node, token), len(nodes))
+            path.append(node)
+        paths.append(path)
+    parents = [parent for parent, _ in nodes]
+    tokens = [token for _, token in nodes]
+    logits = _tree_logits(family, prefix, tokens, parents)  # (1 + inner nodes, V)
+    rows = {node: row for row, node in enumerate([-1, *sorted(set(parents) - {-1})])}
+    device = logits.device
+    source = torch.tensor([rows[parent] for parent in parents], device=device)
+    logits = _allowed(family, logits)
+    chosen = logits[source, torch.tensor(tokens, device=device)]
+    logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
+    return [logprobs[torch.tensor(path, device=device)] for path in paths]
+
+
+def _tree_logits(family: Family, prefix: Prefix, tokens: list[int], parents: list[int]) -> Tensor:
+    """Logits after the prompt and after every node that has children; leaves need no forward pass."""
+    inner = sorted(set(parents) - {-1})
+    if not inner:
+        return prefix.logits
+    place = {node: index for index, node in enumerate(inner)}
+    visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
+    depth = [0] * len(inner)
+    for index, node in enumerate(inner):
+        if parents[node] != -1:
+            parent = place[parents[node]]
+            visible[index] = visible[parent]
+            depth[index] = depth[parent] + 1
+        visible[index, index] = True
+    device = prefix.logits.device
+    mask = torch.cat([torch.ones(len(inner), prefix.length, dtype=torch.bool), visible], dim=1).to(device)
+    positions = torch.tensor(depth, device=device) + prefix.position
+    fed = torch.tensor([tokens[node] for node in inner], device=device)
+    return torch.cat([prefix.logits, family.extend(prefix.fork(), fed, positions, mask)])
+
+
+def _allowed(family: Family, logits: Tensor) -> Tensor:
+    return logits.index_fill(-1, family.forbidden.to(logits.device), float("-inf"))
+
+
+@dataclass(slots=True)
+class _Branch:
+    tokens: tuple[int, ...]
+    logprob: float
+    count: int
+    path: tuple[int, ...]  # places of its tokens in the cache row, after the prompt
+
+
+@torch.no_grad()
+def sample(
+    family: Family,
+    prefix: Prefix,
+    num: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[Sample]:
+    """Draw `num` answers independently; equal beginnings are drawn and fed as one branch with a count.
+
+    Temperature 0 takes the likeliest token, with log-probabilities at temperature 1. The returned counts sum
+    to `num`.
+    """
+
+    def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
+        if temperature == 0:
+            yield int(logprobs.argmax()), count
+            return
+        drawn = torch.multinomial(logprobs.exp(), count, replacement=True, generator=generator)
+        values, counts = drawn.unique(return_counts=True)
+        yield from zip(values.tolist(), counts.tolist(), strict=True)
+
+    return _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, temperature or 1.0)
+
+
+@torch.no_grad()
+def alternatives(family: Family, prefix: Prefix, num: int, max_tokens: int) -> list[Sample]:
+    """The `num` likeliest first tokens, each continued greedily; likeliest answer first."""
+
+    def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
+        for token in logprobs.topk(count).indices.tolist():
+            yield token, 1
+
+    found = _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, 1.0)
+    return sorted(found, key=lambda s: -s.logprob)
+
+
+def _grow(family, prefix, root, draw, max_tokens, temperature):  # type: ignore[no-untyped-def]
+    cache, fed = prefix.fork(), 0
+    branches, logits, done = [root], prefix.logits, []
+    for depth in range(max_tokens):
+        logprobs = (_allowed(family, logits) / temperature).log_softmax(-1)
+        children = []
+        for branch, row in zip(branches, logprobs, strict=True):
+            for token, count in draw(row, branch.count):
+                tokens = (*branch.tokens, token)
+                logprob = branch.logprob + float(row[token])
+                if token in family.end_tokens or depth + 1 == max_tokens:
+                    done.append(Sample(tokens, logprob, count, token in family.end_tokens))
+                else:
+                    children.append(_Branch(tokens, logprob, count, branch.path))
+        if not children:
+            break
+        branches = children
+        logits = _feed(family, prefix, cache, branches, fed, depth)
+        fed += len(branches)
+    return done
+
+
+def _feed(family: Family, prefix: Prefix, cache, branches: list[_Branch], fed: int, depth: int) -> Tensor:  # type: ignore[no-untyped-def]
+    """Feed the last token of every branch and note its place in the cache row."""
+    device = prefix.logits.device
+    mask = None
+    for index, branch in enumerate(branches):
+        branch.path = (*branch.path, fed + index)
+    if fed or len(branches) > 1:
+        mask = torch.zeros(len(branches), prefix.length + fed + len(branches), dtype=torch.bool)
+        mask[:, : prefix.length] = True
+        for row, branch in enumerate(branches):
+            mask[row, [prefix.length + place for place in branch.path]] = True
+        mask = mask.to(device)
+    tokens = torch.tensor([branch.tokens[-1] for branch in branches], device=device)
+    positions = torch.full_like(tokens, prefix.position + depth)
+    return family.extend(cache, tokens, positions, mask)

@@ -1,0 +1,178 @@
+"""Walking steps: `Blocking` waits in the calling thread, `Awaiting` on the event loop.
+
+`blocking` and `awaiting` turn a function of `calls` into a method of either; `blocking_each` and
+`awaiting_each` do so for listings. Name, arguments and docstring stay those of the function.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import inspect
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import closing
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import httpx2
+
+from servetune.clients.calls import Rows
+from servetune.clients.session import Pause, Session, Step, Steps, Transfer, Work
+
+P = ParamSpec("P")
+T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Blocking:
+    """Owns nothing: it speaks through connections that it is given."""
+
+    def __init__(self, session: Session, http: httpx2.Client) -> None:
+        self._session = session
+        self._http = http
+
+    def _run(self, steps: Steps[T]) -> T:
+        reply: Any = None
+        with closing(steps):
+            while True:
+                try:
+                    step = steps.send(reply)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                reply = self._take(step)
+
+    def _take(self, step: Step) -> Any:
+        match step:
+            case Pause(seconds):
+                return time.sleep(seconds)
+            case Work(do):
+                return do()
+            case Transfer():
+                return self._transfer(step)
+
+    def _transfer(self, step: Transfer) -> httpx2.Response | httpx2.RequestError:
+        try:
+            with closing(self._http.send(step.request, stream=True)) as response:
+                if step.sink is None or not response.is_success:
+                    response.read()
+                    return response
+                step.sink.truncate(step.sink.seek(0))  # an attempt before may have left half a body
+                for chunk in response.iter_bytes():
+                    step.sink.write(chunk)
+                return response
+        except httpx2.RequestError as error:
+            return error
+
+
+class Awaiting:
+    """As `Blocking`, on the event loop."""
+
+    def __init__(self, session: Session, http: httpx2.AsyncClient) -> None:
+        self._session = session
+        self._http = http
+
+    async def _run(self, steps: Steps[T]) -> T:
+        reply: Any = None
+        with closing(steps):
+            while True:
+                try:
+                    step = steps.send(reply)
+                except StopIteration as end:
+                    return end.value  # type: ignore[no-any-return]
+                reply = await self._take(step)
+
+    async def _take(self, step: Step) -> Any:
+        match step:
+            case Pause(seconds):
+                return await asyncio.sleep(seconds)
+            case Work(do):
+                return await asyncio.to_thread(do)
+            case Transfer():
+                return await self._transfer(step)
+
+    async def _transfer(self, step: Transfer) -> httpx2.Response | httpx2.RequestError:
+        try:
+            response = await self._http.send(step.request, stream=True)
+            try:
+                if step.sink is None or not response.is_success:
+                    await response.aread()
+                    return response
+                step.sink.truncate(step.sink.seek(0))
+                async for chunk in response.aiter_bytes():
+                    step.sink.write(chunk)
+                return response
+            finally:
+                await response.aclose()
+        except httpx2.RequestError as error:
+            return error
+
+
+def blocking(flow: Callable[Concatenate[Session, P], Steps[T]]) -> Callable[Concatenate[Blocking, P], T]:
+    """A method that takes all steps and returns what they lead to."""
+
+    @functools.wraps(flow)
+    def method(self: Blocking, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(flow(self._session, *args, **kwargs))
+
+    return _presented(method, flow, "{}")
+
+
+def awaiting(
+    flow: Callable[Concatenate[Session, P], Steps[T]],
+) -> Callable[Concatenate[Awaiting, P], Coroutine[Any, Any, T]]:
+    """The coroutine function of the same."""
+
+    @functools.wraps(flow)
+    async def method(self: Awaiting, *args: P.args, **kwargs: P.kwargs) -> T:
+        return await self._run(flow(self._session, *args, **kwargs))
+
+    return _presented(method, flow, "{}")
+
+
+def blocking_each(
+    page: Callable[Concatenate[Session, str | None, P], Steps[Rows[T]]],
+) -> Callable[Concatenate[Blocking, P], Iterator[T]]:
+    """A method that iterates over a listing, page after page."""
+
+    @functools.wraps(page)
+    def method(self: Blocking, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+        rows = self._run(page(self._session, None, *args, **kwargs))
+        yield from rows.items
+        while rows.next_cursor is not None:
+            rows = self._run(page(self._session, rows.next_cursor, *args, **kwargs))
+            yield from rows.items
+
+    return _presented(method, page, "Iterator[{}]")
+
+
+def awaiting_each(
+    page: Callable[Concatenate[Session, str | None, P], Steps[Rows[T]]],
+) -> Callable[Concatenate[Awaiting, P], AsyncIterator[T]]:
+    """The asynchronous iterator of the same."""
+
+    @functools.wraps(page)
+    async def method(self: Awaiting, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+        rows = await self._run(page(self._session, None, *args, **kwargs))
+        for item in rows.items:
+            yield item
+        while rows.next_cursor is not None:
+            rows = await self._run(page(self._session, rows.next_cursor, *args, **kwargs))
+            for item in rows.items:
+                yield item
+
+    return _presented(method, page, "AsyncIterator[{}]")
+
+
+def _presented(method: F, flow: Callable[..., Any], returns: str) -> F:
+    """Let `help` and editors see the method a user calls: `self`, no cursor, the result itself."""
+    signature = inspect.signature(flow)
+    result = str(signature.return_annotation).removeprefix("Steps[").removesuffix("]")
+    if result.startswith("Rows["):
+        result = result.removeprefix("Rows[").removesuffix("]")
+    first, *rest = signature.parameters.values()
+    parameters = [first.replace(name="self", annotation=inspect.Parameter.empty)]
+    parameters += [parameter for parameter in rest if parameter.name != "cursor"]
+    method.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters, return_annotation=returns.format(result)
+    )
+    return method

@@ -1,0 +1,250 @@
+#!lua name=servetune
+
+-- What must happen at once or not at all, as Redis Functions (Redis >= 7.0, Valkey).
+--
+-- KEYS[1] is always the stream `servetune:{adapter}:queries`; the other keys share its prefix and, by the
+-- braces, its cluster slot:
+--   queries      one entry per stored query: ids, marks and sizes, never its content   (permanent)
+--   ledger       how many queries were stored and what became of them                  (permanent)
+--   clients      stored queries per client                                             (permanent)
+--   bytes        sum of the sizes of the sealed queries                                (permanent)
+--   key          fingerprint of the key that seals them                                (permanent)
+--   blob:ID      hash {entry, sealed}: where the query is in the stream, its ciphertext
+--   seen:DIGEST  set while an equal query is refused
+--   dead         stream of what was given up, without content
+--
+-- Every entry leaves the stream through `remove`, which also counts it. So always:
+-- acked = trained + no_signal + dead + expired + withdrawn + XLEN(queries).
+
+local GROUP = 'workers'
+local SWEEP = 100 -- entries that one call expires at most, so that no call takes long
+
+local function names(keys)
+  local prefix = string.sub(keys[1], 1, -#'queries' - 1)
+  return {
+    queries = keys[1],
+    ledger = prefix .. 'ledger',
+    clients = prefix .. 'clients',
+    bytes = prefix .. 'bytes',
+    key = prefix .. 'key',
+    blob = prefix .. 'blob:',
+    seen = prefix .. 'seen:',
+    dead = prefix .. 'dead',
+  }
+end
+
+local function now_ms()
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+
+-- The fields of an entry, or nil if it was settled, withdrawn or expired.
+local function find(k, id)
+  local entry = redis.call('XRANGE', k.queries, id, id)[1]
+  if not entry then return nil end
+  local fields = { id = id }
+  for i = 1, #entry[2], 2 do
+    fields[entry[2][i]] = entry[2][i + 1]
+  end
+  return fields
+end
+
+local function remove(k, entry, outcome)
+  redis.call('XACK', k.queries, GROUP, entry.id)
+  redis.call('XDEL', k.queries, entry.id)
+  redis.call('DEL', k.blob .. entry.query)
+  redis.call('DECRBY', k.bytes, entry.size)
+  if redis.call('HINCRBY', k.clients, entry.client, -1) <= 0 then
+    redis.call('HDEL', k.clients, entry.client)
+  end
+  if outcome == 'withdrawn' then -- the same question may be asked to be kept again
+    redis.call('DEL', k.seen .. entry.digest)
+  end
+  redis.call('HINCRBY', k.ledger, outcome, 1)
+end
+
+-- Give an entry up. Its content goes: a query that nobody could learn from is no reason to keep a picture.
+local function bury(k, entry, reason, ttl_ms)
+  remove(k, entry, 'dead')
+  redis.call('XADD', k.dead, '*', 'query', entry.query, 'digest', entry.digest, 'reason', reason)
+  redis.call('XTRIM', k.dead, 'MINID', now_ms() - ttl_ms)
+  redis.call('PEXPIRE', k.dead, ttl_ms)
+end
+
+-- Count out entries older than their content may live. Stream ids begin with the time in milliseconds.
+local function sweep(k, ttl_ms)
+  for _, old in ipairs(redis.call('XRANGE', k.queries, '-', now_ms() - ttl_ms - 1, 'COUNT', SWEEP)) do
+    remove(k, find(k, old[1]), 'expired')
+  end
+end
+
+-- What a worker gets of an entry, or nil if there is nothing left to learn from.
+local function delivery(k, id, deliveries)
+  local entry = find(k, id)
+  if not entry then
+    redis.call('XACK', k.queries, GROUP, id)
+    return nil
+  end
+  local sealed = redis.call('HGET', k.blob .. entry.query, 'sealed')
+  if not sealed then
+    remove(k, entry, 'expired')
+    return nil
+  end
+  return { id, entry.query, sealed, deliveries }
+end
+
+-- The deliveries so far of an entry if `consumer` still holds its lease, else nil.
+local function held(k, consumer, id)
+  local lease = redis.call('XPENDING', k.queries, GROUP, id, id, 1, consumer)[1]
+  return lease and find(k, id) and lease[4]
+end
+
+local api = {}
+
+-- fingerprint, whether its owner decides -> the fingerprint that holds
+function api.setup(k, fingerprint, decides)
+  local made = redis.pcall('XGROUP', 'CREATE', k.queries, GROUP, '0', 'MKSTREAM')
+  if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
+  if decides == '1' then redis.call('SET', k.key, fingerprint) end
+  return redis.call('GET', k.key) or fingerprint
+end
+
+-- -> the reason to refuse it, or '' once it is stored
+function api.enqueue(k, query, digest, client, sealed, ttl_ms, max_entries, max_bytes, client_cap)
+  sweep(k, tonumber(ttl_ms))
+  if redis.call('EXISTS', k.seen .. digest, k.blob .. query) > 0 then return 'duplicate' end
+  local bytes = tonumber(redis.call('GET', k.bytes) or 0)
+  if redis.call('XLEN', k.queries) >= tonumber(max_entries) or bytes + #sealed > tonumber(max_bytes) then
+    return 'buffer_full'
+  end
+  local mine = tonumber(redis.call('HGET', k.clients, client) or 0)
+  local others = redis.call('HLEN', k.clients) - math.min(mine, 1)
+  if others > 0 and mine >= tonumber(client_cap) then return 'client_share' end
+  local id = redis.call('XADD', k.queries, '*', 'query', query, 'digest', digest, 'client', client, 'size', #sealed)
+  redis.call('HSET', k.blob .. query, 'entry', id, 'sealed', sealed)
+  redis.call('PEXPIRE', k.blob .. query, ttl_ms)
+  redis.call('SET', k.seen .. digest, query, 'PX', ttl_ms)
+  redis.call('HINCRBY', k.clients, client, 1)
+  redis.call('INCRBY', k.bytes, #sealed)
+  redis.call('HINCRBY', k.ledger, 'acked', 1)
+  return ''
+end
+
+-- Deliver entries whose lease ran out. One on its last delivery comes alone, so that a query that kills its
+-- worker takes no other with it to the dead.
+function api.claim(k, consumer, limit, lease_ms, max_deliveries, ttl_ms)
+  sweep(k, tonumber(ttl_ms))
+  local last, rows = tonumber(max_deliveries), {}
+  for _, lease in ipairs(redis.call('XPENDING', k.queries, GROUP, 'IDLE', lease_ms, '-', '+', limit)) do
+    local id, next_delivery = lease[1], lease[4] + 1
+    local entry = find(k, id)
+    if entry and next_delivery > last then
+      bury(k, entry, 'deliveries', tonumber(ttl_ms))
+    elseif next_delivery < last or #rows == 0 then
+      redis.call('XCLAIM', k.queries, GROUP, consumer, lease_ms, id)
+      rows[#rows + 1] = delivery(k, id, next_delivery)
+      if next_delivery == last and #rows > 0 then return rows end
+    end
+  end
+  return rows
+end
+
+-- Deliver entries just read for the first time.
+function api.open(k, ...)
+  local rows = {}
+  for _, id in ipairs({ ... }) do
+    rows[#rows + 1] = delivery(k, id, 1)
+  end
+  return rows
+end
+
+-- -> the ids whose lease `consumer` still holds, renewed
+function api.renew(k, consumer, ...)
+  local kept = {}
+  for _, id in ipairs({ ... }) do
+    if held(k, consumer, id) then
+      redis.call('XCLAIM', k.queries, GROUP, consumer, 0, id, 'IDLE', 0, 'JUSTID')
+      kept[#kept + 1] = id
+    end
+  end
+  return kept
+end
+
+-- End leases early. A delivery given back does not count.
+function api.release(k, consumer, lease_ms, ...)
+  for _, id in ipairs({ ... }) do
+    local deliveries = held(k, consumer, id)
+    if deliveries then
+      redis.call('XCLAIM', k.queries, GROUP, consumer, 0, id,
+        'IDLE', lease_ms, 'RETRYCOUNT', math.max(deliveries - 1, 0), 'JUSTID')
+    end
+  end
+end
+
+-- -> how many were settled now; one settled before, withdrawn or expired is not counted again
+function api.settle(k, outcome, ...)
+  local settled = 0
+  for _, id in ipairs({ ... }) do
+    local entry = find(k, id)
+    if entry then
+      remove(k, entry, outcome)
+      settled = settled + 1
+    end
+  end
+  return settled
+end
+
+function api.dead_letter(k, reason, ttl_ms, id)
+  local entry = find(k, id)
+  if entry then bury(k, entry, reason, tonumber(ttl_ms)) end
+end
+
+-- -> 1 if the query was still in the buffer, else 0
+function api.withdraw(k, query)
+  local id = redis.call('HGET', k.blob .. query, 'entry')
+  local entry = id and find(k, id)
+  if not entry then return 0 end
+  remove(k, entry, 'withdrawn')
+  return 1
+end
+
+-- -> how many were withdrawn, at most `limit`
+function api.purge(k, limit)
+  local entries = redis.call('XRANGE', k.queries, '-', '+', 'COUNT', limit)
+  for _, entry in ipairs(entries) do
+    remove(k, find(k, entry[1]), 'withdrawn')
+  end
+  return #entries
+end
+
+-- -> waiting, pending, dead, bytes, {ledger}
+function api.status(k, ttl_ms)
+  sweep(k, tonumber(ttl_ms))
+  local pending = redis.call('XPENDING', k.queries, GROUP)[1]
+  return {
+    redis.call('XLEN', k.queries) - pending,
+    pending,
+    redis.call('XLEN', k.dead),
+    tonumber(redis.call('GET', k.bytes) or 0),
+    redis.call('HGETALL', k.ledger),
+  }
+end
+
+-- Forget this consumer and those that died, unless they hold work.
+function api.leave(k, consumer, idle_ms)
+  for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', k.queries, GROUP)) do
+    local name, pending, idle = flat[2], flat[4], flat[6]
+    if pending == 0 and (name == consumer or idle > tonumber(idle_ms)) then
+      redis.call('XGROUP', 'DELCONSUMER', k.queries, GROUP, name)
+    end
+  end
+end
+
+-- Only storing more needs memory to spare: a full server must still be emptied.
+for name, call in pairs(api) do
+  redis.register_function {
+    function_name = 'servetune_' .. name,
+    callback = function(keys, args) return call(names(keys), unpack(args)) end,
+    flags = name == 'enqueue' and {} or { 'allow-oom' },
+  }
+end

@@ -1,0 +1,333 @@
+"""The serving policy on its own thread: answers, and swaps between answers.
+
+One thread touches the model, so a swap can only ever fall between two generations. A request leases the version
+it was admitted with; a new version is read and verified beside it, copied into a free slot, probed, and becomes
+current by one assignment. A slot is reused only when nobody leases its version.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import secrets
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+import torch
+from torch import Tensor
+
+from servetune.adapters import tree
+from servetune.adapters.answers import canonical
+from servetune.adapters.family import Prefix
+from servetune.adapters.policy import Policy
+from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
+from servetune.adapters.types import BASE, Query, Sampling
+from servetune.server.settings import Settings
+
+T = TypeVar("T")
+SLOTS = ("slot0", "slot1", "slot2")
+PROBE_TOLERANCE = 1e-2
+
+log = structlog.get_logger()
+
+
+class QueueFull(Exception):
+    """As many requests wait, or as many versions are in use, as this process can hold."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the engine made of a query, with the version that made it. Probabilities are in 0..1."""
+
+    text: str | None
+    confidence: float | None
+    candidates: list[tuple[str, float]]
+    finish_reason: str  # stop, length, unparsed
+    label_mass: float | None
+    argmax_is_label: bool | None
+    votes: dict[str, float] | None
+    entropy: float | None
+    input_tokens: int
+    output_tokens: int
+    version: int
+    alias: str | None
+    digest: str
+    queue_s: float
+    inference_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """The part of an outcome that the model decides."""
+
+    text: str | None
+    confidence: float | None
+    candidates: list[tuple[str, float]]
+    finish_reason: str
+    output_tokens: int
+    label_mass: float | None = None
+    argmax_is_label: bool | None = None
+    votes: dict[str, float] | None = None
+    entropy: float | None = None
+
+
+class Engine:
+    """Answers queries with any version of one adapter. Its methods run on the event loop's thread."""
+
+    def __init__(self, policy: Policy, store: AdapterStore, settings: Settings) -> None:
+        self.store = store
+        self.model_name = settings.model
+        self.base_digest = store.manifest(BASE).base_digest
+        self.device = str(policy.family.device)
+        self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
+        self.recognition_question = settings.recognition_question or policy.family.recognition_question
+        self.serving = BASE
+        self._digests = {BASE: store.manifest(BASE).digest}
+        self._policy = policy
+        self._settings = settings
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._slots: dict[int, str] = {}  # resident version -> slot, least recently used first
+        self._leases: Counter[int] = Counter()
+        self._waiting = 0
+        self._loading = asyncio.Lock()
+        self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
+        self._watcher: asyncio.Task[None] | None = None
+
+    # --- life ----------------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Load the live version and begin to follow the alias."""
+        await self.refresh()
+        self._watcher = asyncio.create_task(self._watch())
+
+    async def stop(self) -> None:
+        """Finish the generation under way and refuse further ones."""
+        if self._watcher:
+            self._watcher.cancel()
+        await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
+
+    def ready(self) -> bool:
+        """Has `start` verified a version?"""
+        return self._watcher is not None and not self._watcher.done()
+
+    async def ping(self) -> None:
+        """A no-op through the engine's thread."""
+        await self._run(lambda: None)
+
+    def residency(self) -> tuple[list[int], dict[int, int]]:
+        """Versions whose weights are loaded (the base always is), and how many requests hold each."""
+        return sorted({BASE, *self._slots}), {v: n for v, n in self._leases.items() if n}
+
+    # --- answers -------------------------------------------------------------------------------------
+
+    async def answer(self, query: Query, sampling: Sampling, choice: str) -> Outcome:
+        """Answer with the version that `choice` names now, whatever is swapped meanwhile.
+
+        Raises:
+            UnknownVersion: no such alias or version.
+            CorruptVersion: that version does not pass verification.
+            QueueFull: too many requests wait, or three other versions are in use.
+        """
+        if self._waiting >= self._settings.queue_size:
+            raise QueueFull
+        asked = time.perf_counter()
+        version = self.serving if choice == "live" else await asyncio.to_thread(self.store.resolve, choice)
+        self._leases[version] += 1
+        self._waiting += 1
+        try:
+            await self._make_resident(version)
+            job = self._thread.submit(self._answer, query, sampling, version)
+        except BaseException:
+            self._release(version)
+            raise
+        # The lease ends when the thread is done with it, not when an impatient caller is.
+        loop = asyncio.get_running_loop()
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, version))
+        found, input_tokens, began, ended = await asyncio.wrap_future(job)
+        return Outcome(
+            text=found.text,
+            confidence=found.confidence,
+            candidates=found.candidates,
+            finish_reason=found.finish_reason,
+            label_mass=found.label_mass,
+            argmax_is_label=found.argmax_is_label,
+            votes=found.votes,
+            entropy=found.entropy,
+            input_tokens=input_tokens,
+            output_tokens=found.output_tokens,
+            version=version,
+            alias=None if choice == version_name(version) else choice,
+            digest=self._digests[version],
+            queue_s=began - asked,
+            inference_s=ended - began,
+        )
+
+    def _release(self, version: int) -> None:
+        self._waiting -= 1
+        self._leases[version] -= 1
+
+    @torch.no_grad()
+    def _answer(self, query: Query, sampling: Sampling, version: int) -> tuple[_Found, int, float, float]:
+        began = time.perf_counter()
+        self._policy.use(self._slots.get(version))
+        observation = self._policy.observe(query)
+        prefix = self._policy.begin(observation)
+        if query.labels:
+            found = self._choose(prefix, query.labels, sampling.top_k)
+        elif sampling.n > 1:
+            found = self._vote(prefix, sampling)
+        else:
+            found = self._speak(prefix, sampling)
+        return found, observation.prompt.length, began, time.perf_counter()
+
+    def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int) -> _Found:
+        logprobs = self._policy.label_logprobs(prefix, labels)
+        shares = logprobs.softmax(-1)
+        best = shares.topk(min(top_k, len(labels)))
+        ranked = [(labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        firsts = {self._policy.family.tokens(label)[0] for label in labels}
+        return _Found(
+            text=ranked[0][0],
+            confidence=ranked[0][1],
+            candidates=ranked,
+            finish_reason="stop",
+            output_tokens=len(self._policy.family.tokens(ranked[0][0])),
+            label_mass=min(1.0, float(logprobs.exp().sum())),
+            argmax_is_label=int(prefix.logits.argmax()) in firsts,
+            entropy=_entropy(shares.tolist()),
+        )
+
+    def _speak(self, prefix: Prefix, sampling: Sampling) -> _Found:
+        family = self._policy.family
+        chosen = tree.sample(
+            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed)
+        )[0]
+        scores = {family.text(chosen.tokens): math.exp(chosen.logprob)}
+        if sampling.top_k > 1:
+            for other in tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens):
+                scores.setdefault(family.text(other.tokens), math.exp(other.logprob))
+        text = family.text(chosen.tokens)
+        ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
+        return _Found(
+            text=text or None,
+            confidence=scores[text] if text else None,
+            candidates=ranked[: sampling.top_k],
+            finish_reason=_finish(text, chosen.finished),
+            output_tokens=len(chosen.tokens),
+        )
+
+    def _vote(self, prefix: Prefix, sampling: Sampling) -> _Found:
+        family = self._policy.family
+        samples = tree.sample(
+            family, prefix, sampling.n, sampling.max_tokens, sampling.temperature, _generator(sampling.seed)
+        )
+        shares: dict[str, float] = defaultdict(float)
+        spoken: dict[str, tuple[str, bool]] = {}
+        for one in sorted(samples, key=lambda s: -s.count):
+            text = family.text(one.tokens)
+            answer = canonical(text)
+            shares[answer] += one.count / sampling.n
+            spoken.setdefault(answer, (text, one.finished))
+        votes = {spoken[answer][0]: share for answer, share in shares.items() if answer}
+        ranked = sorted(votes.items(), key=lambda pair: -pair[1])
+        text, share = ranked[0] if ranked else ("", 0.0)
+        return _Found(
+            text=text or None,
+            confidence=share if text else None,
+            candidates=ranked[: sampling.top_k] if sampling.top_k > 1 else ranked,
+            finish_reason=_finish(text, spoken.get(canonical(text), ("", True))[1]),
+            output_tokens=sum(len(one.tokens) * one.count for one in samples),
+            votes=votes,
+            entropy=_entropy(list(shares.values())),
+        )
+
+    # --- versions ------------------------------------------------------------------------------------
+
+    async def refresh(self) -> int:
+        """Serve what the alias `live` names now; a version that fails verification is not served.
+
+        Returns:
+            the version served afterwards.
+        """
+        live = await asyncio.to_thread(self.store.live)
+        if live.version == self.serving or self._refused == (live.generation, live.version):
+            return self.serving
+        try:
+            await self._make_resident(live.version)
+        except StoreError as error:
+            self._refused = (live.generation, live.version)
+            log.error("swap_refused", version=version_name(live.version), code=error.code)
+        except QueueFull:
+            pass  # all slots are leased: the swap waits, the requests do not
+        else:
+            before, self.serving = self.serving, live.version
+            log.info("swapped", version=version_name(live.version), previous=version_name(before))
+        return self.serving
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.swap_poll_s)
+            try:
+                await self.refresh()
+            except (OSError, StoreError) as error:  # a store that is away must not end the watch
+                log.error("store_unreadable", error=type(error).__name__)
+
+    async def _make_resident(self, version: int) -> None:
+        async with self._loading:
+            if version == BASE:
+                return
+            if version in self._slots:
+                self._slots[version] = self._slots.pop(version)  # most recently used
+                return
+            slot = self._free_slot()
+            manifest = await asyncio.to_thread(self.store.manifest, version)
+            weights = await asyncio.to_thread(self.store.weights, version)
+            await self._run(lambda: self._load(slot, weights, manifest.probe, version))
+            self._slots[version] = slot
+            self._digests[version] = manifest.digest
+
+    def _free_slot(self) -> str:
+        used = set(self._slots.values())
+        for slot in SLOTS:
+            if slot not in used:
+                return slot
+        for version in self._slots:
+            if version != self.serving and not self._leases[version]:
+                return self._slots.pop(version)
+        raise QueueFull
+
+    def _load(self, slot: str, weights: Mapping[str, Tensor], probe: tuple[float, ...], version: int) -> None:
+        """Fill a slot and make sure that it answers as it did where it was made."""
+        try:
+            self._policy.load(slot, weights)
+        except ValueError as error:
+            raise CorruptVersion(f"{version_name(version)}: {error}") from error
+        self._policy.use(slot)
+        ours, theirs = torch.tensor(self._policy.probe()), torch.tensor(probe)
+        if not torch.allclose(
+            ours, theirs, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(theirs.abs().max())
+        ):
+            raise CorruptVersion(f"{version_name(version)} does not answer its probe as it did when it was made")
+
+    async def _run(self, job: Callable[[], T]) -> T:
+        future: Future[T] = self._thread.submit(job)
+        return await asyncio.wrap_future(future)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+
+def _finish(text: str, finished: bool) -> str:
+    if not text:
+        return "unparsed"
+    return "stop" if finished else "length"
+
+
+def _entropy(shares: list[float]) -> float:
+    return -sum(p * math.log(p) for p in shares if p > 0)

@@ -1,0 +1,178 @@
+"""The two processes: `serve` (API, engine, embedded Valkey, and one worker beside it) and `worker`.
+
+This is the only module that reads the environment (through Settings) and that starts other processes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import fcntl
+import json
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import structlog
+import uvicorn
+
+from servetune.server.access import Access, check_bind
+from servetune.server.app import create_app
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import QueryBuffer, QueryStream
+from servetune.server.engine import SLOTS, Engine
+from servetune.server.model import load_policy, open_store
+from servetune.server.settings import Settings
+from servetune.server.valkey import EmbeddedValkey
+
+RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
+PR_SET_PDEATHSIG = 1
+
+log = structlog.get_logger()
+
+
+def serve(**flags: Any) -> None:
+    """Serve until interrupted. `flags` are fields of Settings that override environment and file."""
+    settings = Settings(**flags)
+    _log_to_stderr()
+    check_bind(settings.host, bool(settings.api_keys))
+    with _redis(settings) as redis_url:
+        asyncio.run(_serve(settings, redis_url))
+
+
+def worker(**flags: Any) -> None:
+    """Learn until interrupted, from the buffer and into the store that the settings name."""
+    from servetune.server.worker import SLOTS as WORKER_SLOTS
+    from servetune.server.worker import Worker, yield_to_serving
+
+    settings = Settings(**flags)
+    _log_to_stderr()
+    yield_to_serving()
+    stop = threading.Event()
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, lambda *_: stop.set())
+    with _only_worker(settings), _redis(settings) as redis_url:
+        policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
+        store = open_store(settings, policy)
+        stream = QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)
+        try:
+            Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl"))).run(stop)
+        finally:
+            stream.close()
+
+
+async def _serve(settings: Settings, redis_url: str) -> None:
+    policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads)
+    store = await asyncio.to_thread(open_store, settings, policy)
+    engine = Engine(policy, store, settings)
+    buffer = QueryBuffer.connect(settings, redis_url)
+    access = Access.from_settings(settings)
+    app = create_app(settings, engine, store, buffer, access, AuditLog(settings.path("audit.jsonl")))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=25,
+    )
+    server = uvicorn.Server(config)
+    beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
+    announce = asyncio.create_task(_announce(server, settings))
+    try:
+        await server.serve()
+    finally:
+        for task in (announce, beside):
+            if task:
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+
+
+async def _announce(server: uvicorn.Server, settings: Settings) -> None:
+    while not server.started:
+        await asyncio.sleep(0.05)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    url = f"http://{settings.host}:{port}"
+    print(
+        f"\nservetune answers at {url} (API: {url}/docs)\n"
+        f"admin key: {settings.path('admin.key')}\n"
+        f"try:\n  curl -s {url}/answer -F image=@photo.png -F 'question=What is this?'\n",
+        flush=True,
+    )
+
+
+async def _supervise_worker(settings: Settings, redis_url: str) -> None:
+    """Keep one worker running; a crash of learning is not a crash of serving."""
+    flags = {**settings.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})}
+    flags["redis_url"] = redis_url
+    pause, longest = RESTART_S
+    while True:
+        began = time.monotonic()
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "servetune.server.main", json.dumps(flags), preexec_fn=_die_with_parent
+        )
+        try:
+            code = await process.wait()
+        except asyncio.CancelledError:
+            with suppress(ProcessLookupError):
+                process.terminate()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), 15)
+            with suppress(ProcessLookupError):
+                process.kill()
+            raise
+        pause = RESTART_S[0] if time.monotonic() - began > longest else min(2 * pause, longest)
+        log.error("worker_ended", exit_code=code, restart_in_s=pause)
+        await asyncio.sleep(pause)
+
+
+@contextmanager
+def _redis(settings: Settings) -> Iterator[str]:
+    """The Redis of the settings, or the embedded Valkey under the home."""
+    if settings.redis_url:
+        yield settings.redis_url
+        return
+    valkey = EmbeddedValkey.start(settings.home, settings.buffer_bytes)
+    try:
+        yield valkey.url
+    finally:
+        valkey.stop()
+
+
+@contextmanager
+def _only_worker(settings: Settings) -> Iterator[None]:
+    """One worker per adapter and home; the second waits for the first to end."""
+    with settings.path("store", f"{settings.adapter}.worker.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _die_with_parent() -> None:
+    """The kernel ends the worker with the server, also after kill -9 (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso"),
+            structlog.processors.JSONRenderer(),
+        ],
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+    )
+
+
+if __name__ == "__main__":
+    subprocess_flags = json.loads(sys.argv[1])
+    worker(**{**subprocess_flags, "home": Path(subprocess_flags["home"])})

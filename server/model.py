@@ -1,0 +1,45 @@
+"""From settings to a loaded policy and its store: what the server and the worker do alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from servetune.adapters.family import Family
+from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.store import AdapterStore
+from servetune.nano import WEIGHTS
+from servetune.server.settings import Settings
+
+
+def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Policy:
+    """Load the model of the settings with a thread budget of its own.
+
+    Two processes that both use every core slow each other tenfold, so nobody takes the default.
+
+    Raises:
+        UnsupportedModel: see `Family.load`.
+    """
+    torch.set_num_threads(threads)
+    device = settings.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = settings.dtype
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    source = str(WEIGHTS) if settings.model == "nano" else settings.model
+    family = Family.load(source, device, getattr(torch, dtype))
+    return Policy(family, LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets), slots)
+
+
+def open_store(settings: Settings, policy: Policy) -> AdapterStore:
+    """The adapter's store, with version 0 in place.
+
+    Raises:
+        ForeignStore: the home holds this adapter for another base model or shape.
+    """
+    store = AdapterStore(settings.path("store", "x").parent, settings.adapter)
+    policy.use(None)
+    store.initialise(policy.zero_weights(), policy.peft_config(), policy.family.digest(), policy.probe())
+    return store
