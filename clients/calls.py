@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote
 
 import httpx2
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from servetune.clients.errors import APIConnectionError, APIError, APITimeoutError, InternalServerError
 from servetune.clients.exports import check_free, unpack
 from servetune.clients.images import ImageSource, encode
-from servetune.clients.session import Call, Pause, Session, Steps, Work
+from servetune.clients.session import Call, Pause, Rows, Session, Steps, Work
 from servetune.clients.types import (
     AdaptationStatus,
     AdapterInfo,
@@ -29,15 +29,7 @@ from servetune.clients.types import (
     VersionInfo,
 )
 
-T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
-
-
-class Rows(NamedTuple, Generic[T]):
-    """One page of a listing, parsed; `next_cursor` is None on the last."""
-
-    items: list[T]
-    next_cursor: str | None
 
 
 # --- questions ---------------------------------------------------------------------------------------
@@ -283,15 +275,11 @@ def _ask(
             return {"images": [encode(each, resize=resize) for each in image], **fields}
         return {"image": encode(image, resize=resize), **fields}  # type: ignore[arg-type]
 
-    return Call(
-        "POST", "/v1/answer", _reads(Answer), body=body, timeout=timeout, idempotency_key=idempotency_key
-    )
+    return Call("POST", "/v1/answer", _reads(Answer), body=body, timeout=timeout, idempotency_key=idempotency_key)
 
 
 def _post(path: str, model: type[M], body: Mapping[str, Any], idempotency_key: str | None) -> Call[M]:
-    return Call(
-        "POST", path, _reads(model), body=lambda: body, admin=True, idempotency_key=idempotency_key
-    )
+    return Call("POST", path, _reads(model), body=lambda: body, admin=True, idempotency_key=idempotency_key)
 
 
 def _page(path: str, model: type[M], cursor: str | None, limit: int | None = None) -> Call[Rows[M]]:

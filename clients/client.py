@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 from typing import Any, Self
@@ -11,12 +12,35 @@ import httpx2
 from servetune.clients import calls
 from servetune.clients.drivers import Awaiting, Blocking, awaiting, blocking
 from servetune.clients.resources import Adaptation, Adapters, AsyncAdaptation, AsyncAdapters
-from servetune.clients.session import Session
+from servetune.clients.session import Session, is_loopback
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
 
 
-class Client(Blocking):
+class _Options:
+    """What both clients say about their own options."""
+
+    _session: Session
+
+    def with_options(
+        self,
+        *,
+        api_key: str | None = None,
+        admin_key: str | None = None,
+        timeout: float | None = None,
+        max_retries: int | None = None,
+    ) -> Self:
+        """A client with other options over the same connections; closing either closes both."""
+        given = {"api_key": api_key, "admin_key": admin_key, "timeout": timeout, "max_retries": max_retries}
+        twin = copy.copy(self)
+        twin._session = replace(self._session, **_without_none(given))
+        return twin
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._session.base_url!r})"
+
+
+class Client(_Options, Blocking):
     """A servetune server, as seen from a thread. Safe to share between threads; close it or use `with`.
 
     base_url: by default $SERVETUNE_BASE_URL, else http://127.0.0.1:8000.
@@ -39,7 +63,7 @@ class Client(Blocking):
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
         session = _session(base_url, api_key, admin_key, timeout, max_retries)
-        super().__init__(session, httpx2.Client(transport=transport, follow_redirects=False))
+        super().__init__(session, httpx2.Client(transport=transport, **_http_options(session)))
 
     answer = blocking(calls.answer)
     recognize = blocking(calls.recognize)
@@ -57,17 +81,6 @@ class Client(Blocking):
         """Watch, pause and resume learning (admin key)."""
         return Adaptation(self._session, self._http)
 
-    def with_options(
-        self,
-        *,
-        api_key: str | None = None,
-        admin_key: str | None = None,
-        timeout: float | None = None,
-        max_retries: int | None = None,
-    ) -> Self:
-        """A client with other options over the same connections; closing either closes both."""
-        return _copy(self, api_key=api_key, admin_key=admin_key, timeout=timeout, max_retries=max_retries)
-
     def close(self) -> None:
         """Close the connections."""
         self._http.close()
@@ -78,11 +91,8 @@ class Client(Blocking):
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._session.base_url!r})"
 
-
-class AsyncClient(Awaiting):
+class AsyncClient(_Options, Awaiting):
     """A servetune server, as seen from an event loop; close it or use `async with`.
 
     Takes the arguments of `Client` and has its methods, as coroutines and asynchronous iterators. Images
@@ -100,7 +110,7 @@ class AsyncClient(Awaiting):
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
         session = _session(base_url, api_key, admin_key, timeout, max_retries)
-        super().__init__(session, httpx2.AsyncClient(transport=transport, follow_redirects=False))
+        super().__init__(session, httpx2.AsyncClient(transport=transport, **_http_options(session)))
 
     answer = awaiting(calls.answer)
     recognize = awaiting(calls.recognize)
@@ -118,17 +128,6 @@ class AsyncClient(Awaiting):
         """Watch, pause and resume learning (admin key)."""
         return AsyncAdaptation(self._session, self._http)
 
-    def with_options(
-        self,
-        *,
-        api_key: str | None = None,
-        admin_key: str | None = None,
-        timeout: float | None = None,
-        max_retries: int | None = None,
-    ) -> Self:
-        """A client with other options over the same connections; closing either closes both."""
-        return _copy(self, api_key=api_key, admin_key=admin_key, timeout=timeout, max_retries=max_retries)
-
     async def close(self) -> None:
         """Close the connections."""
         await self._http.aclose()
@@ -138,9 +137,6 @@ class AsyncClient(Awaiting):
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.close()
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self._session.base_url!r})"
 
 
 def _session(
@@ -155,4 +151,10 @@ def _session(
     )
 
 
-def _copy[C: (Client, AsyncClient)](client: C, **options: Any) -> C: ...
+def _http_options(session: Session) -> dict[str, Any]:
+    # Keys stay with their host: no redirects, and no proxy between this machine and itself.
+    return {"follow_redirects": False, "trust_env": not is_loopback(session.base_url)}
+
+
+def _without_none(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}

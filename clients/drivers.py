@@ -16,8 +16,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
-from servetune.clients.calls import Rows
-from servetune.clients.session import Pause, Session, Step, Steps, Transfer, Work
+from servetune.clients.session import Pause, Rows, Session, Step, Steps, Transfer, Work
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -110,8 +109,7 @@ class Awaiting:
 def blocking(flow: Callable[Concatenate[Session, P], Steps[T]]) -> Callable[Concatenate[Blocking, P], T]:
     """A method that takes all steps and returns what they lead to."""
 
-    @functools.wraps(flow)
-    def method(self: Blocking, *args: P.args, **kwargs: P.kwargs) -> T:
+    def method(self: Blocking, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return self._run(flow(self._session, *args, **kwargs))
 
     return _presented(method, flow, "{}")
@@ -122,8 +120,7 @@ def awaiting(
 ) -> Callable[Concatenate[Awaiting, P], Coroutine[Any, Any, T]]:
     """The coroutine function of the same."""
 
-    @functools.wraps(flow)
-    async def method(self: Awaiting, *args: P.args, **kwargs: P.kwargs) -> T:
+    async def method(self: Awaiting, /, *args: P.args, **kwargs: P.kwargs) -> T:
         return await self._run(flow(self._session, *args, **kwargs))
 
     return _presented(method, flow, "{}")
@@ -134,8 +131,7 @@ def blocking_each(
 ) -> Callable[Concatenate[Blocking, P], Iterator[T]]:
     """A method that iterates over a listing, page after page."""
 
-    @functools.wraps(page)
-    def method(self: Blocking, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
+    def method(self: Blocking, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         rows = self._run(page(self._session, None, *args, **kwargs))
         yield from rows.items
         while rows.next_cursor is not None:
@@ -150,8 +146,7 @@ def awaiting_each(
 ) -> Callable[Concatenate[Awaiting, P], AsyncIterator[T]]:
     """The asynchronous iterator of the same."""
 
-    @functools.wraps(page)
-    async def method(self: Awaiting, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
+    async def method(self: Awaiting, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
         rows = await self._run(page(self._session, None, *args, **kwargs))
         for item in rows.items:
             yield item
@@ -165,6 +160,7 @@ def awaiting_each(
 
 def _presented(method: F, flow: Callable[..., Any], returns: str) -> F:
     """Let `help` and editors see the method a user calls: `self`, no cursor, the result itself."""
+    functools.update_wrapper(method, flow)
     signature = inspect.signature(flow)
     result = str(signature.return_annotation).removeprefix("Steps[").removesuffix("]")
     if result.startswith("Rows["):

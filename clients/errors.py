@@ -1,16 +1,16 @@
 """Every error the SDK raises, and the one table from a reply to its class.
 
-    ServetuneError
-    ├── ImageError (also a ValueError)        a local image that cannot be sent
-    └── APIError
-        ├── APIConnectionError                no usable reply
-        │   └── APITimeoutError
-        └── APIStatusError                    the server said no
-            ├── BadRequestError 400 · AuthenticationError 401 · PermissionDeniedError 403
-            ├── NotFoundError 404             └── AdapterNotFoundError (code adapter_not_found)
-            ├── ConflictError 409 · PayloadTooLargeError 413 · UnsupportedMediaTypeError 415
-            ├── UnprocessableEntityError 422 · RateLimitError 429
-            └── InternalServerError >= 500    └── QueueFullError (code queue_full)
+ServetuneError
+├── ImageError (also a ValueError)        a local image that cannot be sent
+└── APIError
+    ├── APIConnectionError                no usable reply
+    │   └── APITimeoutError
+    └── APIStatusError                    the server said no
+        ├── BadRequestError 400 · AuthenticationError 401 · PermissionDeniedError 403
+        ├── NotFoundError 404             └── AdapterNotFoundError (code adapter_not_found)
+        ├── ConflictError 409 · PayloadTooLargeError 413 · UnsupportedMediaTypeError 415
+        ├── UnprocessableEntityError 422 · RateLimitError 429
+        └── InternalServerError >= 500    └── QueueFullError (code queue_full)
 """
 
 from __future__ import annotations

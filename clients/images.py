@@ -46,7 +46,7 @@ class Array(Protocol):
 ImageSource: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | Readable | PillowImage | Array"
 
 
-def encode(image: ImageSource, *, resize: bool = True) -> dict[str, str]:
+def encode(image: ImageSource, *, resize: bool = True) -> dict[str, str | None]:
     """The wire form of an image: `{"url"}` for https URLs and data URIs, else `{"data", "media_type"}`.
 
     With Pillow at hand and `resize`, a picture of more than 2048 pixels a side is shrunk to that first.
@@ -60,7 +60,7 @@ def encode(image: ImageSource, *, resize: bool = True) -> dict[str, str]:
         data = _reencode(_from_array(image), resize)
     else:
         data = _fit(_read(image), resize)
-    return {"data": b64encode(data).decode(), "media_type": media_type(data) or ""}
+    return {"data": b64encode(data).decode(), "media_type": media_type(data)}
 
 
 def media_type(data: bytes) -> str | None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, BinaryIO, Generic, Literal, TypeAlias, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 from uuid import uuid4
 
 import httpx2
@@ -74,6 +74,13 @@ class Call(Generic[T]):
     sink: BinaryIO | None = None
 
 
+class Rows(NamedTuple, Generic[T]):
+    """One page of a listing, parsed; `next_cursor` is None on the last."""
+
+    items: list[T]
+    next_cursor: str | None
+
+
 @dataclass(frozen=True)
 class Session:
     """Where the server is and how it is spoken to. Timeouts are in seconds."""
@@ -85,7 +92,10 @@ class Session:
     max_retries: int
 
     def __post_init__(self) -> None:
-        url = httpx2.URL(self.base_url)
+        try:
+            url = httpx2.URL(self.base_url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"base_url cannot be read: {error}") from error
         if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.query or url.fragment:
             raise ValueError("base_url must be http(s)://host[:port][/path] and carry no credentials")
         for name in ("api_key", "admin_key"):
@@ -123,9 +133,7 @@ class Session:
         return headers
 
     def _request(self, call: Call[Any], headers: Mapping[str, str], content: bytes | None) -> httpx2.Request:
-        timeout = httpx2.Timeout(
-            self.timeout if call.timeout is None else call.timeout, connect=CONNECT_TIMEOUT_S
-        )
+        timeout = httpx2.Timeout(self.timeout if call.timeout is None else call.timeout, connect=CONNECT_TIMEOUT_S)
         return httpx2.Request(
             call.method,
             self.base_url.rstrip("/") + call.path,
@@ -143,6 +151,14 @@ class Session:
         error = kind(f"{what} {self.base_url}: {reply or type(reply).__name__}")
         error.__cause__ = reply
         return error
+
+
+def is_loopback(base_url: str) -> bool:
+    """Does the address name this machine?"""
+    try:
+        return httpx2.URL(base_url).host in ("127.0.0.1", "::1", "localhost")
+    except httpx2.InvalidURL:
+        return False
 
 
 def retry_delay(error: APIError, attempt: int) -> float | None:

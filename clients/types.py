@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_vali
 Task = Literal["vqa", "recognition"]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
-AdapterChoice = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+AdapterChoice = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 
 
 class Request(BaseModel):
@@ -278,12 +278,13 @@ class Problem(Result):
 
 
 class Info(Result):
-    """What is running."""
+    """What is running; `serving` is the version that answers now."""
 
     version: str
     model: str
     base_digest: str
     adapter: str
+    serving: str | None = None
     engine: str
     device: str
     dtype: str

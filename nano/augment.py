@@ -91,7 +91,7 @@ def backgrounds(art: Tensor, strength: Tensor) -> Tensor:
     coarse = torch.where(pick < 0.25, coarse[..., :1, :1], torch.where(pick < 0.5, graded, coarse))
     image = F.interpolate(coarse, art.shape[-2:], mode="bilinear", align_corners=True)
     drawn = pick.flatten() > 0.75
-    image[drawn] = 0.4 * image[drawn] + 0.6 * art.roll(1, dims=0)[drawn, :3]
+    image[drawn] = 0.6 * image[drawn] + 0.4 * art.roll(1, dims=0)[drawn, :3]
     shown = uniform(art, 0, 1, 1, 1, 1) * chance(strength, 0.7)[:, None, None, None]
     return 1 - shown * (1 - image)
 

@@ -4,6 +4,7 @@ Everything comes from package registries through their own clients: the artwork 
 with the installed `easy-vqa`. Renders are kept in one .npz per vendor style.
 """
 
+import argparse
 import io
 import json
 import subprocess
@@ -18,10 +19,12 @@ from PIL import Image
 CACHE = Path(".cache/nano")
 IMAGE_SIZE = 96
 RENDER_SIZE = 256
+EXAMPLE_SIZE = 112
 
 # npm package and version of each vendor style. The held-out ones are for evaluation alone.
 TRAINING_STYLES = {"noto": "1.2.9", "twemoji": "1.2.5", "emojione": "1.2.3"}
 HELD_OUT_STYLES = {"fluent-emoji-flat": "1.2.6", "openmoji": "1.2.29"}
+EXAMPLE_STYLE = "fluent-emoji-flat"
 
 COLOURS = {
     "red": (215, 45, 45),
@@ -38,49 +41,51 @@ COLOURS = {
 }
 
 CATEGORIES = {
-    "animal": """ant, bat, bear, bird, blowfish, butterfly, camel, cat, chicken, cow, crab, crocodile, deer, dog,
-        dolphin, dragon, duck, eagle, elephant, fish, fox, frog, goat, gorilla, hamster, hatching chick,
-        honeybee, horse, koala, lady beetle, leopard, lion, lizard, monkey, mouse, octopus, owl, panda,
-        penguin, pig, rabbit, rhinoceros, rooster, scorpion, shark, shrimp, snail, snake, spider, squid,
-        tiger, tropical fish, turtle, unicorn, whale, wolf""",
-    "plant": """bouquet, cactus, cherry blossom, deciduous tree, evergreen tree, four leaf clover, hibiscus, maple
-        leaf, mushroom, palm tree, rose, seedling, sheaf of rice, sunflower, tulip""",
-    "food": """avocado, bacon, baguette bread, banana, bento box, birthday cake, bread, burrito, candy, carrot,
-        cheese wedge, cherries, chocolate bar, cookie, croissant, cucumber, doughnut, ear of corn, egg,
-        eggplant, french fries, grapes, green salad, hamburger, honey pot, hot dog, hot pepper, ice cream,
-        kiwi fruit, lemon, lollipop, meat on bone, melon, pancakes, peach, pear, pineapple, pizza,
-        popcorn, potato, poultry leg, red apple, rice ball, shaved ice, spaghetti, strawberry, sushi,
-        taco, tomato, watermelon""",
-    "drink": """baby bottle, beer mug, bottle with popping cork, cocktail glass, glass of milk, hot beverage, wine
-        glass""",
-    "vehicle": """airplane, ambulance, automobile, bicycle, bullet train, bus, canoe, delivery truck, fire engine,
-        helicopter, kick scooter, locomotive, motor scooter, motorcycle, racing car, rocket, sailboat,
-        ship, speedboat, taxi, tractor""",
-    "building": """castle, church, circus tent, classical building, factory, house, japanese castle, mosque, shinto
-        shrine, statue of liberty, tent, tokyo tower""",
-    "clothing": """bikini, dress, glasses, graduation cap, handbag, high heeled shoe, jeans, kimono, necktie, running
-        shoe, sunglasses, t shirt, top hat, womans boot, womans hat, womans sandal""",
-    "tool": """balance scale, bow and arrow, crossed swords, dagger, fishing pole, flashlight, fork and knife,
-        fountain pen, gear, hammer, key, kitchen knife, magnifying glass tilted left, microscope, nut and
-        bolt, paintbrush, paperclip, pencil, scissors, spoon, straight ruler, syringe, telescope,
-        triangular ruler, wrench""",
+    "animal": """ant, bat, bear, bird, blowfish, butterfly, camel, cat, chicken, cow, crab, crocodile, deer,
+        dog, dolphin, dragon, duck, eagle, elephant, fish, fox, frog, goat, gorilla, hamster,
+        hatching chick, honeybee, horse, koala, lady beetle, leopard, lion, lizard, monkey, mouse,
+        octopus, owl, panda, penguin, pig, rabbit, rhinoceros, rooster, scorpion, shark, shrimp,
+        snail, snake, spider, squid, tiger, tropical fish, turtle, unicorn, whale, wolf""",
+    "plant": """bouquet, cactus, cherry blossom, deciduous tree, evergreen tree, four leaf clover, hibiscus,
+        maple leaf, mushroom, palm tree, rose, seedling, sheaf of rice, sunflower, tulip""",
+    "food": """avocado, bacon, baguette bread, banana, bento box, birthday cake, bread, burrito, candy,
+        carrot, cheese wedge, cherries, chocolate bar, cookie, croissant, cucumber, doughnut, ear of
+        corn, egg, eggplant, french fries, grapes, green salad, hamburger, honey pot, hot dog, hot
+        pepper, ice cream, kiwi fruit, lemon, lollipop, meat on bone, melon, pancakes, peach, pear,
+        pineapple, pizza, popcorn, potato, poultry leg, red apple, rice ball, shaved ice, spaghetti,
+        strawberry, sushi, taco, tomato, watermelon""",
+    "drink": """baby bottle, beer mug, bottle with popping cork, cocktail glass, glass of milk, hot
+        beverage, wine glass""",
+    "vehicle": """airplane, ambulance, automobile, bicycle, bullet train, bus, canoe, delivery truck, fire
+        engine, helicopter, kick scooter, locomotive, motor scooter, motorcycle, racing car, rocket,
+        sailboat, ship, speedboat, taxi, tractor""",
+    "building": """castle, church, circus tent, classical building, factory, house, japanese castle, mosque,
+        shinto shrine, statue of liberty, tent, tokyo tower""",
+    "clothing": """bikini, dress, glasses, graduation cap, handbag, high heeled shoe, jeans, kimono, necktie,
+        running shoe, sunglasses, t shirt, top hat, womans boot, womans hat, womans sandal""",
+    "tool": """balance scale, bow and arrow, crossed swords, dagger, fishing pole, flashlight, fork and
+        knife, fountain pen, gear, hammer, key, kitchen knife, magnifying glass tilted left,
+        microscope, nut and bolt, paintbrush, paperclip, pencil, scissors, spoon, straight ruler,
+        syringe, telescope, triangular ruler, wrench""",
     "instrument": "drum, guitar, musical keyboard, saxophone, trumpet, violin",
-    "sport": """american football, badminton, baseball, basketball, bowling, boxing glove, bullseye, flag in hole,
-        ice hockey, ice skate, ping pong, pool 8 ball, skis, soccer ball, tennis, trophy, volleyball""",
+    "sport": """american football, badminton, baseball, basketball, bowling, boxing glove, bullseye, flag in
+        hole, ice hockey, ice skate, ping pong, pool 8 ball, skis, soccer ball, tennis, trophy,
+        volleyball""",
     "device": """alarm clock, battery, camera, computer mouse, desktop computer, electric plug, floppy disk,
         headphone, joystick, laptop, light bulb, mobile phone, printer, radio, satellite, stopwatch,
         studio microphone, telephone, television, video game, watch""",
     "furniture": "bathtub, bed, couch and lamp, door, seat, shower, toilet",
-    "nature": """cloud, cloud with lightning, cloud with rain, crescent moon, desert island, droplet, fire, globe
-        showing americas, high voltage, mount fuji, rainbow, snowflake, snowman, star, sun, tornado,
-        volcano, water wave""",
+    "nature": """cloud, cloud with lightning, cloud with rain, crescent moon, desert island, droplet, fire,
+        globe showing americas, high voltage, mount fuji, rainbow, snowflake, snowman, star, sun,
+        tornado, volcano, water wave""",
     "character": "alien, clown face, ghost, pile of poo, robot, skull",
-    "object": """anchor, artist palette, backpack, balloon, bell, bomb, books, briefcase, broken heart, candle,
-        carousel horse, christmas tree, clipboard, closed book, coffin, credit card, crown, crystal ball,
-        envelope, ferris wheel, fountain, fuel pump, game die, gem stone, hourglass done, jack o lantern,
-        lipstick, locked, megaphone, moai, money bag, newspaper, open book, package, party popper, pill,
-        postbox, pushpin, red heart, red paper lantern, ring, scroll, shield, shopping bags, shopping
-        cart, stop sign, umbrella, vertical traffic light, wastebasket, wrapped gift""",
+    "object": """anchor, artist palette, backpack, balloon, bell, bomb, books, briefcase, broken heart,
+        candle, carousel horse, christmas tree, clipboard, closed book, coffin, credit card, crown,
+        crystal ball, envelope, ferris wheel, fountain, fuel pump, game die, gem stone, hourglass
+        done, jack o lantern, lipstick, locked, megaphone, moai, money bag, newspaper, open book,
+        package, party popper, pill, postbox, pushpin, red heart, red paper lantern, ring, scroll,
+        shield, shopping bags, shopping cart, stop sign, umbrella, vertical traffic light,
+        wastebasket, wrapped gift""",
 }
 
 
@@ -147,7 +152,8 @@ class IconSet:
         width, height = drawing.get("width", self.size[0]), drawing.get("height", self.size[1])
         box = f"{drawing.get('left', 0)} {drawing.get('top', 0)} {width} {height}"
         svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{box}">{drawing["body"]}</svg>'
-        return Image.open(io.BytesIO(bytes(svg_to_bytes(svg_string=svg, width=size, height=size)))).convert("RGBA")
+        png = bytes(svg_to_bytes(svg_string=svg, width=size, height=size))
+        return Image.open(io.BytesIO(png)).convert("RGBA")
 
 
 def find_icons(style: str, cache: Path = CACHE) -> tuple[IconSet, list[str | None]]:
@@ -217,10 +223,24 @@ def main_colour(render: np.ndarray) -> str | None:
     return list(COLOURS)[int(shares.argmax())] if shares.max() > 0.6 else None
 
 
+def write_examples(style: str, folder: Path, cache: Path = CACHE) -> None:
+    """Small files of a vendor's clean renders, for demonstrations."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for label, render in load_artwork(style, cache).items():
+        image = on_white(render).resize((EXAMPLE_SIZE, EXAMPLE_SIZE), Image.Resampling.LANCZOS)
+        image.quantize(128).save(folder / f"{label.replace(' ', '-')}.png", optimize=True)
+
+
 def main() -> None:
-    """Fetch and render every style."""
+    """Fetch and render every style; write example images where asked."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=CACHE)
+    parser.add_argument("--examples", type=Path, help="folder for small renders of a style nano never saw")
+    given = parser.parse_args()
     for style in TRAINING_STYLES | HELD_OUT_STYLES:
-        print(f"{style}: {len(load_artwork(style))} of {len(read_labels())} labels")
+        print(f"{style}: {len(load_artwork(style, given.cache))} of {len(read_labels())} labels")
+    if given.examples:
+        write_examples(EXAMPLE_STYLE, given.examples, given.cache)
 
 
 if __name__ == "__main__":

@@ -60,9 +60,7 @@ def build_processor(tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
     """A processor that stretches any image to the model's square."""
     side = {"longest_edge": data.IMAGE_SIZE}
     images = Idefics3ImageProcessorPil(size=side, max_image_size=side, do_image_splitting=False)
-    return Idefics3Processor(
-        images, tokenizer, image_seq_len=NUM_IMAGE_TOKENS, chat_template=CHAT_TEMPLATE
-    )
+    return Idefics3Processor(images, tokenizer, image_seq_len=NUM_IMAGE_TOKENS, chat_template=CHAT_TEMPLATE)
 
 
 def config(tokenizer: PreTrainedTokenizerFast) -> Idefics3Config:

@@ -190,7 +190,8 @@ class Teacher:
     def ask(self, views: Views) -> list[tuple[str, str]]:
         """A question and its answer about each view."""
         pairs = []
-        for style, label, keep_hue in zip(views.styles.tolist(), views.labels.tolist(), views.keep_hue.tolist()):
+        rows = (views.styles.tolist(), views.labels.tolist(), views.keep_hue.tolist())
+        for style, label, keep_hue in zip(*rows, strict=True):
             shown = self.art[style][label]
             pairs.append(self.asker.about(shown if keep_hue else dataclasses.replace(shown, colour=None)))
         for index in views.shapes.tolist():
@@ -215,9 +216,7 @@ class Teacher:
         return ids.to(self.source.device), answer.to(self.source.device)
 
 
-def answer_loss(
-    nano: Idefics3ForConditionalGeneration, features: Tensor, ids: Tensor, answer: Tensor
-) -> Tensor:
+def answer_loss(nano: Idefics3ForConditionalGeneration, features: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     """Summed loss of the answers' tokens, given the image features of each sequence, (N, tokens, width)."""
     embeds = nano.get_input_embeddings()(ids)
     embeds = nano.model.inputs_merger(ids, embeds, features.flatten(0, 1))
@@ -227,7 +226,12 @@ def answer_loss(
 
 
 def train_model(
-    nano: Idefics3ForConditionalGeneration, teacher: Teacher, views: int, asked: int, save_every: int, folder: Path
+    nano: Idefics3ForConditionalGeneration,
+    teacher: Teacher,
+    views: int,
+    asked: int,
+    save_every: int,
+    folder: Path,
 ) -> nn.Module:
     """Stage 2: the whole model, each view asked several questions."""
     steps = views // BATCH

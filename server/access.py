@@ -6,6 +6,7 @@ copy of the process' key table tells anything about a key.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -43,6 +44,14 @@ class Principal:
 LOCAL = Principal("local")
 
 
+class Forbidden(ServiceError):
+    """A known key asked for more than its scope allows."""
+
+    def __init__(self, principal: Principal) -> None:
+        super().__init__("forbidden", "This needs the admin key.")
+        self.principal = principal
+
+
 class Access:
     """The keys of one server."""
 
@@ -70,15 +79,16 @@ class Access:
         """Who sent this Authorization header.
 
         Raises:
-            ServiceError: `unauthorized` without a known key, `forbidden` where the key's scope is too small.
+            ServiceError: `unauthorized`, without a known key.
+            Forbidden: the key's scope is too small.
         """
         if scope == "open" or (scope == "user" and not self.has_user_keys):
             return LOCAL
         principal = self._identify(authorization or "")
         if principal is None:
-            raise ServiceError("unauthorized", "Send a known key as 'Authorization: Bearer …'.", headers=_CHALLENGE)
+            raise ServiceError("unauthorized", "Send a key: 'Authorization: Bearer …'.", headers=_CHALLENGE)
         if scope == "admin" and not principal.admin:
-            raise ServiceError("forbidden", "This needs the admin key.")
+            raise Forbidden(principal)
         return principal
 
     def _identify(self, authorization: str) -> Principal | None:
@@ -92,14 +102,22 @@ class Access:
 
 
 class Require:
-    """A route's declared scope, as a dependency; refused administrators-to-be are audited."""
+    """A route's declared scope, as a dependency. A known key that asks for too much is audited."""
 
     def __init__(self, scope: Scope) -> None:
         self.scope = scope
 
     async def __call__(self, request: Request) -> Principal:
-        access: Access = request.app.state.services.access
-        return access.authorize(request.headers.get("authorization"), self.scope)
+        services = request.app.state.services
+        try:
+            principal: Principal = services.access.authorize(request.headers.get("authorization"), self.scope)
+        except Forbidden as error:
+            details = {"method": request.method, "path": request.url.path[:200]}
+            request_id = request.state.request_id
+            append = services.audit.append
+            await asyncio.to_thread(append, "access_refused", error.principal.id, request_id, details)
+            raise
+        return principal
 
 
 def _key_id(key: str, fallback: str) -> str:

@@ -23,16 +23,16 @@ _START = "0" * 64
 _BLOCK = 8192
 
 
-class AuditTrail:
+class AuditLog:
     """An append-only JSONL file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def record(
+    def append(
         self, event: str, actor: str, request_id: str | None = None, details: dict[str, Any] | None = None
     ) -> AuditEntry:
-        """Append one act; it is on disk when this returns. Blocks (fsync): call it in a thread."""
+        """Write one act; it is on disk when this returns. Blocks (fsync): call it in a thread."""
         with self._locked() as file:
             entry = AuditEntry(
                 timestamp=time.time(),

@@ -19,7 +19,7 @@ from starlette.types import Scope
 
 from servetune.adapters.store import AliasMoved, CorruptVersion, NameTaken, StoreError, UnknownVersion
 from servetune.clients.types import Problem
-from servetune.server.buffer import Skipped
+from servetune.server.buffer import BufferUnavailable
 from servetune.server.engine import QueueFull
 
 PROBLEMS: dict[str, tuple[int, str]] = {
@@ -128,7 +128,7 @@ def as_service_error(error: Exception) -> ServiceError:
             return ServiceError("queue_full")
         case TimeoutError():
             return ServiceError("deadline_exceeded")
-        case Skipped():
+        case BufferUnavailable():
             return ServiceError("buffer_unavailable")
         case _:
             return ServiceError("internal_error")

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -83,7 +84,7 @@ async def _serve(settings: Settings, redis_url: str) -> None:
         access_log=False,
         timeout_graceful_shutdown=25,
     )
-    server = uvicorn.Server(config)
+    server = _Server(config)
     beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
     announce = asyncio.create_task(_announce(server, settings))
     try:
@@ -96,9 +97,20 @@ async def _serve(settings: Settings, redis_url: str) -> None:
                     await task
 
 
-async def _announce(server: uvicorn.Server, settings: Settings) -> None:
-    while not server.started:
-        await asyncio.sleep(0.05)
+class _Server(uvicorn.Server):
+    """uvicorn that says when it listens."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.listening = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.listening.set()
+
+
+async def _announce(server: _Server, settings: Settings) -> None:
+    await server.listening.wait()
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://{settings.host}:{port}"
     print(

@@ -1,0 +1,51 @@
+# Everything a person or CI does, by name. The environment is made once, in .venv.
+PYTHON ?= python3
+PORT ?= 8000
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+TYPES := .cache/types/servetune
+FOLDERS := server adapters clients nano
+
+.PHONY: setup serve test check format lint types demo bench nano clean
+
+setup: $(STAMP)  ## make the environment; a second call does nothing
+
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "Python 3.11 or newer is needed: set PYTHON=..."; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+serve: setup  ## start the server with the embedded model, an embedded Valkey and one worker
+	$(BIN)/servetune serve --port $(PORT)
+
+test: setup  ## the whole test suite
+	$(BIN)/python -m pytest
+
+check: format lint types test  ## what CI runs
+
+format: setup
+	$(BIN)/ruff format --check .
+
+lint: setup
+	$(BIN)/ruff check .
+
+types: setup
+	@mkdir -p $(TYPES)
+	@for f in servetune/*.py servetune/py.typed; do ln -sfn ../../../$$f $(TYPES)/; done
+	@for d in $(FOLDERS); do ln -sfn ../../../$$d $(TYPES)/$$d; done
+	MYPYPATH=.cache/types $(BIN)/mypy -p servetune
+
+demo: setup  ## stream images of an unseen style through the API and plot what was learned
+	$(BIN)/python examples/demo.py
+
+bench: setup  ## every benchmark; writes benchmarks/RESULTS.md
+	$(BIN)/python -m benchmarks
+
+nano: setup  ## train the embedded model again from the registries' packages
+	$(BIN)/python -m servetune.nano.train
+
+clean:
+	rm -rf $(VENV) .cache build dist *.egg-info

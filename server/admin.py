@@ -1,0 +1,267 @@
+"""The operator's routes: versions, aliases, learning. Mounted only when an admin key exists.
+
+Every act runs in a thread (the store syncs to disk), is audited whether done or refused, and is followed by a
+refresh of the engine, so that the reply is true for this process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.responses import StreamingResponse
+
+from servetune.adapters.store import AdapterStore, Manifest, version_name
+from servetune.clients.types import (
+    AdaptationStatus,
+    AdapterChoice,
+    AdapterInfo,
+    Page,
+    PromoteRequest,
+    ResetRequest,
+    RollbackRequest,
+    SnapshotRequest,
+    VersionInfo,
+)
+from servetune.server.access import Principal, Require
+from servetune.server.errors import ServiceError, as_service_error
+from servetune.server.routes import ServicesDep, problems
+from servetune.server.service import Services
+
+T = TypeVar("T")
+AdminDep = Annotated[Principal, Depends(Require("admin"))]
+ADMIN = [Depends(Require("admin"))]
+
+router = APIRouter(prefix="/v1", tags=["admin"], responses=problems(401, 403, 404, 409, 422, 500, 503))
+
+
+@dataclass(frozen=True, slots=True)
+class Operator:
+    """One administrator's request: does what is asked, and puts it on record."""
+
+    name: str
+    request_id: str
+    services: Services
+
+    async def act(self, event: str, details: dict[str, Any], change: Awaitable[T]) -> T:
+        """Make a change, audit how it went, then serve what `live` names now.
+
+        Raises what `change` raises.
+        """
+        try:
+            result = await change
+        except Exception as error:
+            await self._audit(event, {**details, "refused": as_service_error(error).code})
+            raise
+        made = {"made": version_name(result.version)} if isinstance(result, Manifest) else {}
+        await self._audit(event, {**details, **made})
+        await self.services.engine.refresh()
+        return result
+
+    async def _audit(self, event: str, details: dict[str, Any]) -> None:
+        await asyncio.to_thread(self.services.audit.append, event, self.name, self.request_id, details)
+
+
+async def _operator(request: Request, caller: AdminDep, services: ServicesDep) -> Operator:
+    return Operator(caller.id, request.state.request_id, services)
+
+
+async def _store(name: str, services: ServicesDep) -> AdapterStore:
+    """The store of the adapter in the path. Raises ServiceError `adapter_not_found`."""
+    if name != services.store.name:
+        raise ServiceError("adapter_not_found", "This server has no adapter of that name.")
+    return services.store
+
+
+OperatorDep = Annotated[Operator, Depends(_operator)]
+StoreDep = Annotated[AdapterStore, Depends(_store)]
+Limit = Annotated[int, Query(ge=1, le=200)]
+
+
+# --- reading -----------------------------------------------------------------------------------------
+
+
+@router.get("/adapters", dependencies=ADMIN)
+async def list_adapters(services: ServicesDep) -> Page:
+    """All adapters of this server: one."""
+    return Page(data=[await _adapter_info(services)])
+
+
+@router.get("/adapters/{name}", dependencies=ADMIN)
+async def get_adapter(store: StoreDep, services: ServicesDep) -> AdapterInfo:
+    """Its aliases, the version wanted live and the one this process serves."""
+    return await _adapter_info(services)
+
+
+@router.get("/adapters/{name}/versions", dependencies=ADMIN)
+async def list_versions(store: StoreDep, cursor: AdapterChoice | None = None, limit: Limit = 50) -> Page:
+    """Its versions, newest first; `cursor` is the last version already seen."""
+    return await asyncio.to_thread(_version_page, store, cursor, limit)
+
+
+@router.get("/adapters/{name}/versions/{version}", dependencies=ADMIN)
+async def get_version(store: StoreDep, version: AdapterChoice) -> VersionInfo:
+    """One version, by number or alias."""
+    return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
+
+
+@router.get("/adapters/{name}/versions/{version}/export", response_class=StreamingResponse)
+async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep) -> StreamingResponse:
+    """The PEFT directory of a version, as a tar."""
+    number = await asyncio.to_thread(store.resolve, version)
+    pieces = store.export(number)
+    first = await operator.act(
+        "adapter_exported", {"version": version_name(number)}, asyncio.to_thread(next, pieces)
+    )
+
+    def tar() -> Any:
+        yield first  # read before the answer began, so that a damaged version is still a problem document
+        yield from pieces
+
+    name = f"{store.name}-{version_name(number)}.tar"
+    headers = {"Content-Disposition": f'attachment; filename="{name}"'}
+    return StreamingResponse(tar(), media_type="application/x-tar", headers=headers)
+
+
+@router.get("/adaptation", dependencies=ADMIN)
+async def get_adaptation(services: ServicesDep) -> AdaptationStatus:
+    """Is it learning, from what, and how far is serving behind?"""
+    return await _adaptation_status(services)
+
+
+@router.get("/audit", dependencies=ADMIN)
+async def read_audit(
+    services: ServicesDep, cursor: Annotated[int | None, Query(ge=0)] = None, limit: Limit = 50
+) -> Page:
+    """Administrative acts, newest first."""
+    entries, following = await asyncio.to_thread(services.audit.page, cursor, limit)
+    return Page(data=entries, next_cursor=None if following is None else str(following))
+
+
+# --- acting ------------------------------------------------------------------------------------------
+
+
+@router.post("/adapters/{name}/snapshot", status_code=201)
+async def snapshot(store: StoreDep, body: SnapshotRequest, operator: OperatorDep) -> VersionInfo:
+    """Keep the live weights as a version of its own, under the alias `label`."""
+    change = asyncio.to_thread(store.snapshot, body.label, dict(body.metadata))
+    return _version_info(await operator.act("adapter_snapshot", {"label": body.label}, change))
+
+
+@router.post("/adapters/{name}/promote")
+async def promote(
+    store: StoreDep,
+    body: PromoteRequest,
+    operator: OperatorDep,
+    if_match: Annotated[str | None, Header(pattern=r'^"?[0-9]{1,18}"?$')] = None,
+) -> AdapterInfo:
+    """Make a version live. With `If-Match`, only while the adapter's `generation` is the one given."""
+    expected = None if if_match is None else int(if_match.strip('"'))
+    change = asyncio.to_thread(lambda: store.promote(store.resolve(body.version), expected))
+    await operator.act("adapter_promoted", {"version": body.version}, change)
+    return await _adapter_info(operator.services)
+
+
+@router.post("/adapters/{name}/rollback")
+async def rollback(store: StoreDep, body: RollbackRequest, operator: OperatorDep) -> AdapterInfo:
+    """Move `live` back to a version, by default to `last-good`."""
+    to = body.to or "last-good"
+    change = asyncio.to_thread(lambda: store.rollback(store.resolve(to)))
+    await operator.act("adapter_rolled_back", {"to": to}, change)
+    return await _adapter_info(operator.services)
+
+
+@router.post("/adapters/{name}/reset")
+async def reset(store: StoreDep, body: ResetRequest, operator: OperatorDep) -> VersionInfo:
+    """Publish the weights of `to` as a new version and make it live; `base` unlearns everything."""
+
+    async def change() -> Manifest:
+        made = await asyncio.to_thread(lambda: store.reset(store.resolve(body.to)))
+        if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
+            await operator.services.buffer.purge()
+        return made
+
+    return _version_info(await operator.act("adapter_reset", body.model_dump(), change()))
+
+
+@router.post("/adaptation/pause")
+async def pause(operator: OperatorDep) -> AdaptationStatus:
+    """Stop learning; answering goes on."""
+    return await _set_paused(operator, "adaptation_paused", True)
+
+
+@router.post("/adaptation/resume")
+async def resume(operator: OperatorDep) -> AdaptationStatus:
+    """Learn again."""
+    return await _set_paused(operator, "adaptation_resumed", False)
+
+
+async def _set_paused(operator: Operator, event: str, paused: bool) -> AdaptationStatus:
+    await operator.act(event, {}, asyncio.to_thread(operator.services.store.set_paused, paused))
+    return await _adaptation_status(operator.services)
+
+
+# --- store to wire -----------------------------------------------------------------------------------
+
+
+async def _adapter_info(services: Services) -> AdapterInfo:
+    store = services.store
+    live, aliases, versions = await asyncio.to_thread(lambda: (store.live(), store.aliases(), store.versions()))
+    resident, leases = services.engine.residency()
+    return AdapterInfo(
+        name=store.name,
+        aliases={alias: version_name(number) for alias, number in aliases.items()},
+        live=version_name(live.version),
+        serving=version_name(services.engine.serving),
+        generation=live.generation,
+        num_versions=len(versions),
+        resident=[version_name(number) for number in resident],
+        leases={version_name(number): count for number, count in leases.items()},
+    )
+
+
+async def _adaptation_status(services: Services) -> AdaptationStatus:
+    store, serving = services.store, services.engine.serving
+    live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
+    low, high = sorted((serving, live.version))
+    return AdaptationStatus(
+        adapter=store.name,
+        paused=paused,
+        live=version_name(live.version),
+        serving=version_name(serving),
+        lag_versions=sum(low < number <= high for number in versions),
+        buffer=await services.buffer.status(),
+        worker=await services.buffer.read_worker(),
+    )
+
+
+def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page:
+    numbers = store.versions()[::-1]
+    if cursor is not None:
+        seen = store.resolve(cursor)
+        numbers = [number for number in numbers if number < seen]
+    page = numbers[:limit]
+    following = version_name(page[-1]) if len(numbers) > limit else None
+    return Page(data=[_version_info(store.manifest(number)) for number in page], next_cursor=following)
+
+
+def _version_info(made: Manifest) -> VersionInfo:
+    return VersionInfo(
+        version=version_name(made.version),
+        parent=None if made.parent is None else version_name(made.parent),
+        created=made.created,
+        origin=made.origin,
+        label=made.label,
+        digest=made.digest,
+        base_digest=made.base_digest,
+        rank=made.rank,
+        target_modules=made.target_modules,
+        step_range=made.step_range,
+        num_queries=len(made.query_ids),
+        metrics=made.metrics,
+        gate=made.gate,
+        metadata=made.metadata,
+    )

@@ -1,0 +1,124 @@
+"""Wiring: everything is made elsewhere and passed in."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
+from pydantic.json_schema import models_json_schema
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+
+from servetune import __version__
+from servetune.adapters.store import AdapterStore
+from servetune.clients.types import AnswerRequest, Problem
+from servetune.server import admin, routes
+from servetune.server.access import Access, Require
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import QueryBuffer
+from servetune.server.engine import Engine
+from servetune.server.errors import as_service_error, problem
+from servetune.server.idempotency import Idempotency
+from servetune.server.images import ImageReader
+from servetune.server.middleware import BodyCap, Boundary, LocalOnly
+from servetune.server.service import AnswerService, Services
+from servetune.server.settings import Settings
+
+
+class UndeclaredScope(RuntimeError):
+    """A route does not say who may use it."""
+
+
+def create_app(
+    settings: Settings,
+    engine: Engine,
+    store: AdapterStore,
+    buffer: QueryBuffer,
+    access: Access,
+    audit: AuditLog,
+) -> FastAPI:
+    """The HTTP application. Its lifespan starts and stops the engine and closes the buffer.
+
+    Raises:
+        UndeclaredScope: some route declares no scope; nothing is served by accident.
+    """
+    answers = AnswerService(settings, engine, buffer, ImageReader(settings))
+    app = FastAPI(
+        title="servetune",
+        version=__version__,
+        description="Answers questions about images, and learns from the questions.",
+        middleware=_middleware(settings, access),
+        lifespan=_lifespan,
+        exception_handlers={HTTPException: _render, RequestValidationError: _render},
+        openapi_url=None,  # served by our own routes, behind the same keys as the rest
+    )
+    app.state.services = Services(settings, engine, store, buffer, access, audit, answers)
+    app.include_router(routes.router)
+    if access.has_admin_key:
+        app.include_router(admin.router)
+    for path, scopes in declared_scopes(app).items():
+        if len(scopes) != 1:
+            raise UndeclaredScope(f"{path} declares {sorted(scopes) or 'no scope'}")
+    _describe(app)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    services: Services = app.state.services
+    await services.engine.start()
+    yield
+    await services.answers.drain()
+    await services.engine.stop()
+    await services.buffer.close()
+
+
+def _middleware(settings: Settings, access: Access) -> list[Middleware]:
+    """Outermost first."""
+    hosts = {"localhost", "127.0.0.1", "::1", settings.host.strip("[]").lower()}
+    return [
+        Middleware(Boundary),
+        *([] if access.has_user_keys else [Middleware(LocalOnly, hosts=hosts)]),
+        Middleware(BodyCap, limit=settings.max_body_bytes),
+        Middleware(Idempotency),
+    ]
+
+
+async def _render(request: Request, error: Exception) -> Response:
+    return problem(as_service_error(error), request.scope)
+
+
+def declared_scopes(app: FastAPI) -> dict[str, set[str]]:
+    """What each route declares, by path."""
+    found = {}
+    for route in iter_route_contexts(app.routes):
+        dependant = getattr(route, "dependant", None)
+        found[str(route.path)] = _scopes(dependant) if dependant else set()
+    return found
+
+
+def _scopes(dependant: Any) -> set[str]:
+    scopes = {dependant.call.scope} if isinstance(dependant.call, Require) else set()
+    return scopes.union(*(_scopes(inner) for inner in dependant.dependencies))
+
+
+def _describe(app: FastAPI) -> None:
+    """Add to the OpenAPI document what FastAPI cannot infer: both bodies, problems, keys."""
+    generate = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            components = generate().setdefault("components", {})
+            models, _ = models_json_schema(
+                [(AnswerRequest, "validation"), (Problem, "serialization")],
+                ref_template="#/components/schemas/{model}",
+            )
+            schemas = {model.__name__: schema for (model, _), schema in models.items()}
+            components.setdefault("schemas", {}).update(schemas)
+        return app.openapi_schema or {}
+
+    app.openapi = openapi  # type: ignore[method-assign]

@@ -1,0 +1,121 @@
+"""The body of a question, as JSON or as a form, as one AnswerRequest and its images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.datastructures import FormData, Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from servetune.clients.types import AnswerRequest, ImageInput
+from servetune.server.errors import ServiceError, invalid_request
+
+MAX_IMAGES = 8
+MAX_FIELDS = 1_100  # 1,000 labels and every other field
+_AS_JSON = {"candidate_labels", "metadata", "stream"}
+_UPLOADED = "data:"  # stands in the request for an image that came as bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A checked request; `images` are uploads, or texts as sent in JSON."""
+
+    request: AnswerRequest
+    images: Sequence[bytes | ImageInput]
+
+
+async def parse_question(headers: Headers, body: bytes) -> Asked:
+    """Read the body of `POST /answer`; the header `Servetune-Adapt: false` opts out as the field does.
+
+    Raises:
+        ServiceError: `unsupported_media_type`, `invalid_json`, `invalid_form` or `invalid_request`.
+    """
+    match headers.get("content-type", "").partition(";")[0].strip().lower():
+        case "application/json":
+            asked = _from_json(body)
+        case "multipart/form-data":
+            asked = await _from_form(headers, body)
+        case _:
+            raise ServiceError("unsupported_media_type", "Send application/json or multipart/form-data.")
+    _refuse_nul(asked.request)
+    if headers.get("servetune-adapt", "").strip().lower() in {"false", "0", "no"}:
+        return Asked(asked.request.model_copy(update={"adapt": False}), asked.images)
+    return asked
+
+
+def _from_json(body: bytes) -> Asked:
+    try:
+        request = AnswerRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from None
+    return Asked(request, request.images or [request.image or ""])
+
+
+async def _from_form(headers: Headers, body: bytes) -> Asked:
+    form = await _read_form(headers, body)
+    images = [await _image(value) for value in form.getlist("image")]
+    fields = {name: _field(name, form) for name in form}
+    if "image" in fields:
+        fields["image" if len(images) == 1 else "images"] = fields.pop("image")
+    try:
+        return Asked(AnswerRequest.model_validate(fields), images)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from None
+
+
+async def _read_form(headers: Headers, body: bytes) -> FormData:
+    async def chunks() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        parser = MultiPartParser(headers, chunks(), max_files=MAX_IMAGES, max_fields=MAX_FIELDS)
+        parser.spool_max_size = len(body) + 1  # uploads never touch the disk
+        return await parser.parse()
+    except (MultiPartException, ValueError, LookupError):  # also: unknown or broken charset
+        raise ServiceError("invalid_form") from None
+
+
+def _field(name: str, form: FormData) -> Any:
+    values = [_UPLOADED if isinstance(value, UploadFile) else value for value in form.getlist(name)]
+    if name == "image":
+        return values if len(values) > 1 else values[0]
+    if any(isinstance(value, UploadFile) for value in form.getlist(name)):
+        raise _invalid(name, "must be text, not a file")
+    if name == "candidate_labels" and (len(values) > 1 or not values[0].lstrip().startswith("[")):
+        return values
+    if len(values) > 1:
+        raise _invalid(name, "given more than once")
+    return _parsed(values[0]) if name in _AS_JSON else values[0]
+
+
+def _parsed(text: str) -> Any:
+    """The JSON value in a text field; anything else is left for validation to refuse."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+
+
+async def _image(value: UploadFile | str) -> bytes | str:
+    return value if isinstance(value, str) else await value.read()
+
+
+def _texts(request: AnswerRequest) -> Iterator[tuple[str, str]]:
+    yield "question", request.question or ""
+    yield from (("candidate_labels", label) for label in request.candidate_labels or ())
+    for key, value in (request.metadata or {}).items():
+        yield "metadata", key + value
+
+
+def _refuse_nul(request: AnswerRequest) -> None:
+    for param, text in _texts(request):
+        if "\0" in text:
+            raise _invalid(param, "must not hold NUL characters")
+
+
+def _invalid(name: str, rule: str) -> ServiceError:
+    return invalid_request([{"type": "value_error", "loc": (name,), "msg": rule}])

@@ -1,0 +1,381 @@
+"""The durable queue of queries to learn from, on Redis Streams.
+
+Owns the Redis connections: `QueryBuffer` is the API's end, `QueryStream` the worker's. What must be atomic
+is in buffer.lua. Knows nothing about HTTP, engines or adapters.
+
+A stored query is delivered at least once. At any quiescent point, exactly:
+acked = trained + no_signal + dead + expired + withdrawn + waiting + pending.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from types import TracebackType
+from typing import Any, Literal, TypeVar
+
+import redis
+import redis.asyncio
+import structlog
+from redis.backoff import NoBackoff
+from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
+from redis.retry import Retry
+
+from servetune.adapters.types import Query
+from servetune.clients.types import BufferStatus, WorkerStatus
+from servetune.server.cipher import Cipher, Unreadable, load_key
+from servetune.server.settings import Settings
+
+T = TypeVar("T")
+
+LEDGER = ("acked", "trained", "no_signal", "dead", "expired", "withdrawn", "unconfirmed")
+"""`unconfirmed` counts stored queries whose caller had stopped waiting; they are part of `acked`."""
+
+CONNECTIONS = 16
+ANSWER_S = 1.0  # longest wait for one reply on the API's side
+RETRY_S = 1.0  # while Redis is down, one attempt per this time
+WORKER_ANSWER_S = 10.0  # the worker may block; it must still notice a Redis that hangs
+PURGE_CHUNK = 500  # queries that one call withdraws, so that Redis serves others in between
+FORGET_LEASES = 100  # a consumer silent for this many leases is not coming back
+
+log = structlog.get_logger(__name__)
+
+
+class Skipped(Exception):
+    """The query was not stored: buffer_full, duplicate, client_share or buffer_unavailable."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class BufferUnavailable(Exception):
+    """Redis cannot be reached, does not answer in time or refuses."""
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """A query under lease. `deliveries` counts this one; at `max_deliveries` it comes alone."""
+
+    entry_id: str
+    query: Query
+    deliveries: int
+
+
+def _key(settings: Settings, name: str) -> str:
+    return f"servetune:{{{settings.adapter}}}:{name}"
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(seconds * 1000)
+
+
+def _load_command() -> tuple[str, ...]:
+    return "FUNCTION LOAD", "REPLACE", files(__package__).joinpath("buffer.lua").read_text()
+
+
+def _forgot_us(error: ResponseError) -> bool:
+    """Redis was restarted empty or flushed: it misses our functions or our consumer group."""
+    return "Function not found" in str(error) or "NOGROUP" in str(error)
+
+
+class _Circuit:
+    """Fails at once while Redis is down and lets one attempt per RETRY_S through to see whether it is back."""
+
+    def __init__(self) -> None:
+        self._open = False
+        self._next_attempt = 0.0
+
+    def __enter__(self) -> None:
+        if self._open:
+            if time.monotonic() < self._next_attempt:
+                raise BufferUnavailable("Redis was down a moment ago")
+            self._next_attempt = time.monotonic() + RETRY_S
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if isinstance(error, RedisError | OSError) and not isinstance(error, OutOfMemoryError):
+            if not self._open:
+                log.warning("buffer_unavailable", error=type(error).__name__, detail=str(error)[:200])
+            self._open = True
+            self._next_attempt = time.monotonic() + RETRY_S
+            raise BufferUnavailable(type(error).__name__) from error
+        if error is None and self._open:
+            self._open = False
+            log.info("buffer_available")
+
+
+class QueryBuffer:
+    """The API's end: stores queries and tells what became of them.
+
+    Every command runs in a task of its own, so that a cancelled caller never leaves a connection with an
+    unread reply.
+    """
+
+    def __init__(self, settings: Settings, client: Any, cipher: Cipher) -> None:
+        self._settings = settings
+        self._redis = client  # Any: redis-py types one signature for both of its clients
+        self._cipher = cipher
+        self._queries = _key(settings, "queries")
+        self._ttl_ms = settings.buffer_ttl_s * 1000
+        self._ready = False
+        self._circuit = _Circuit()
+        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    @classmethod
+    def connect(cls, settings: Settings, redis_url: str) -> QueryBuffer:
+        """A buffer on the Redis at `redis_url`, which need not be up. ValueError: bad URL or bad key."""
+        pool = redis.asyncio.BlockingConnectionPool.from_url(
+            redis_url,
+            max_connections=CONNECTIONS,
+            socket_timeout=ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        return cls(settings, redis.asyncio.Redis.from_pool(pool), Cipher(load_key(settings)))
+
+    async def put(self, query: Query, client: str) -> None:
+        """Store the query for learning; on return it is durable. Raises Skipped.
+
+        A caller that stops waiting does not stop the storing: it may still succeed, and is then counted
+        as `unconfirmed`.
+        """
+        task = self._start(self._store(query, client))
+        try:
+            reason = await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self._start(self._count_unconfirmed(task))
+            raise
+        if reason:
+            raise Skipped(reason)
+
+    async def withdraw(self, query_id: str) -> bool:
+        """Erase a query that was not learned from yet. Raises BufferUnavailable."""
+        return bool(await self._call("withdraw", query_id))
+
+    async def purge(self) -> int:
+        """Erase every query that was not learned from yet; returns how many. Raises BufferUnavailable."""
+        erased = 0
+        while count := int(await self._call("purge", PURGE_CHUNK)):
+            erased += count
+        return erased
+
+    async def status(self) -> BufferStatus:
+        """What is stored and what became of the rest. Never raises: `connected` tells."""
+        try:
+            waiting, pending, dead, size, flat = await self._call("status", self._ttl_ms)
+        except BufferUnavailable:
+            return BufferStatus(connected=False)
+        counts = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+        ledger = {name: counts.get(name, 0) for name in LEDGER}
+        return BufferStatus(
+            connected=True, waiting=waiting, pending=pending, dead=dead, bytes=size, ledger=ledger
+        )
+
+    async def read_worker(self) -> WorkerStatus:
+        """The worker's last heartbeat. Never raises."""
+        try:
+            report = await self._shielded(self._command("GET", _key(self._settings, "worker")))
+        except BufferUnavailable:
+            report = None
+        return WorkerStatus.model_validate_json(report) if report else WorkerStatus(state="absent")
+
+    async def close(self) -> None:
+        """Wait for what is being stored, then disconnect."""
+        while self._tasks:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._redis.aclose()
+
+    async def _store(self, query: Query, client: str) -> str:
+        """Store the query; the reason if it was not."""
+        async with self._slots:
+            try:
+                digest, sealed = await asyncio.to_thread(self._seal, query)
+                reply: bytes = await self._command(*self._enqueue(query, client, digest, sealed))
+            except OutOfMemoryError:
+                return "buffer_full"
+            except BufferUnavailable:
+                return "buffer_unavailable"
+        return reply.decode()
+
+    def _seal(self, query: Query) -> tuple[str, bytes]:
+        return self._cipher.digest(query), self._cipher.seal(query)
+
+    def _enqueue(self, query: Query, client: str, digest: str, sealed: bytes) -> tuple[Any, ...]:
+        limit = self._settings.buffer_queries
+        client_mark = self._cipher.mark("client", client.encode())
+        client_cap = max(1, int(limit * self._settings.buffer_client_share))
+        quota = (self._ttl_ms, limit, self._settings.buffer_bytes, client_cap)
+        return "FCALL", "servetune_enqueue", 1, self._queries, query.id, digest, client_mark, sealed, *quota
+
+    async def _count_unconfirmed(self, storing: asyncio.Task[str]) -> None:
+        if await storing == "":
+            await self._command("HINCRBY", _key(self._settings, "ledger"), "unconfirmed", 1)
+
+    async def _call(self, function: str, *args: str | int) -> Any:
+        return await self._shielded(
+            self._command("FCALL", f"servetune_{function}", 1, self._queries, *args)
+        )
+
+    async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
+        return await asyncio.shield(self._start(work))
+
+    def _start(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop alone keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _command(self, *command: Any) -> Any:
+        with self._circuit:
+            if not self._ready:
+                await self._set_up()
+            try:
+                return await self._redis.execute_command(*command)
+            except ResponseError as error:
+                if not _forgot_us(error):
+                    raise
+            await self._set_up()
+            return await self._redis.execute_command(*command)
+
+    async def _set_up(self) -> None:
+        await self._redis.execute_command(*_load_command())
+        await self._redis.execute_command(
+            "FCALL", "servetune_setup", 1, self._queries, self._cipher.fingerprint, 1
+        )
+        self._ready = True
+
+
+class QueryStream:
+    """The worker's end: takes queries under a lease and settles them. Safe to use from several threads.
+
+    A lease lasts `lease_s` and must be renewed well before; then the query is delivered to someone else.
+    Every method raises BufferUnavailable.
+    """
+
+    def __init__(self, settings: Settings, client: Any, cipher: Cipher, consumer: str) -> None:
+        self._settings = settings
+        self._redis = client
+        self._cipher = cipher
+        self._consumer = consumer
+        self._queries = _key(settings, "queries")
+        self._ttl_ms = settings.buffer_ttl_s * 1000
+        self._lease_ms = _milliseconds(settings.lease_s)
+        self._ready = False
+
+    @classmethod
+    def connect(cls, settings: Settings, redis_url: str, consumer: str) -> QueryStream:
+        """A stream on the Redis at `redis_url`, which need not be up. `consumer` names this process alone."""
+        pool = redis.BlockingConnectionPool.from_url(
+            redis_url,
+            max_connections=CONNECTIONS,
+            socket_timeout=WORKER_ANSWER_S,
+            socket_connect_timeout=ANSWER_S,
+            retry=Retry(NoBackoff(), 0),
+        )
+        return cls(settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), consumer)
+
+    def take(self, limit: int, block_s: float) -> list[Delivery]:
+        """Up to `limit` queries: those whose lease ran out, else new ones.
+
+        Waits for the first up to `block_s`, but never longer than half of WORKER_ANSWER_S.
+        """
+        limits = (limit, self._lease_ms, self._settings.max_deliveries, self._ttl_ms)
+        rows = self._call("claim", self._consumer, *limits) or self._read(limit, block_s)
+        return [delivery for row in rows if (delivery := self._open(*row))]
+
+    def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        """Start the leases anew; returns those still held.
+
+        Of the others someone else has taken over, or the query was withdrawn or has expired: what was
+        learned from them must not be published.
+        """
+        ids = [delivery.entry_id for delivery in deliveries]
+        kept = {entry_id.decode() for entry_id in self._call("renew", self._consumer, *ids)}
+        return [delivery for delivery in deliveries if delivery.entry_id in kept]
+
+    def settle(self, deliveries: Sequence[Delivery], outcome: Literal["trained", "no_signal"]) -> int:
+        """Erase queries that are done with. Each counts once, however often; returns how many did now."""
+        return int(self._call("settle", outcome, *(delivery.entry_id for delivery in deliveries)))
+
+    def release(self, deliveries: Sequence[Delivery]) -> None:
+        """Give undone work back: anyone may take it at once, and this delivery does not count."""
+        ids = (delivery.entry_id for delivery in deliveries)
+        self._call("release", self._consumer, self._lease_ms, *ids)
+
+    def report(self, status: WorkerStatus) -> None:
+        """Leave a heartbeat; without another within `lease_s` the worker is absent."""
+        self._command("SET", _key(self._settings, "worker"), status.model_dump_json(), "PX", self._lease_ms)
+
+    def close(self) -> None:
+        """Leave the group, where Redis can be reached, and disconnect."""
+        try:
+            self._call("leave", self._consumer, FORGET_LEASES * self._lease_ms)
+        except BufferUnavailable:
+            pass  # the next worker to leave forgets this one
+        finally:
+            self._redis.close()
+
+    def _read(self, limit: int, block_s: float) -> list[list[Any]]:
+        """New entries, opened. A crash in between leaves them under lease."""
+        block_ms = max(1, _milliseconds(min(block_s, WORKER_ANSWER_S / 2)))  # 0 would mean forever
+        group = ("XREADGROUP", "GROUP", "workers", self._consumer, "COUNT", limit, "BLOCK", block_ms)
+        streams = self._command(*group, "STREAMS", self._queries, ">")
+        ids = [entry_id for entry_id, _ in _entries(streams)]
+        return list(self._call("open", *ids)) if ids else []
+
+    def _open(self, entry_id: bytes, query_id: bytes, sealed: bytes, deliveries: int) -> Delivery | None:
+        try:
+            query = self._cipher.open(query_id.decode(), sealed)
+        except Unreadable:
+            self._call("dead_letter", "unreadable", self._ttl_ms, entry_id)
+            return None
+        return Delivery(entry_id.decode(), query, deliveries)
+
+    def _call(self, function: str, *args: str | bytes | int) -> Any:
+        return self._command("FCALL", f"servetune_{function}", 1, self._queries, *args)
+
+    def _command(self, *command: Any) -> Any:
+        with _unavailable():
+            if not self._ready:
+                self._set_up()
+            try:
+                return self._redis.execute_command(*command)
+            except ResponseError as error:
+                if not _forgot_us(error):
+                    raise
+            self._set_up()
+            return self._redis.execute_command(*command)
+
+    def _set_up(self) -> None:
+        fingerprint = self._cipher.fingerprint
+        self._redis.execute_command(*_load_command())
+        found = self._redis.execute_command("FCALL", "servetune_setup", 1, self._queries, fingerprint, 0)
+        if found.decode() != fingerprint:  # else it would give up every query as unreadable
+            raise BufferUnavailable("the API seals with another key: give both the same SERVETUNE_BUFFER_KEY")
+        self._ready = True
+
+
+@contextmanager
+def _unavailable() -> Iterator[None]:
+    try:
+        yield
+    except (RedisError, OSError) as error:
+        raise BufferUnavailable(type(error).__name__) from error
+
+
+def _entries(streams: Any) -> list[Any]:
+    """The entries in a reply to XREADGROUP about one stream, whichever protocol it came by."""
+    if not streams:
+        return []
+    if isinstance(streams, dict):
+        (batches,) = streams.values()
+        return [entry for batch in batches for entry in batch]
+    ((_, entries),) = streams
+    return list(entries)

@@ -1,0 +1,179 @@
+"""The public routes: questions, health, and what is running. Handlers only translate; the service decides."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse, JSONResponse
+
+from servetune import __version__
+from servetune.adapters.store import version_name
+from servetune.clients.types import Answer, Info
+from servetune.server.access import Principal, Require
+from servetune.server.bodies import MAX_IMAGES, parse_question
+from servetune.server.errors import ServiceError
+from servetune.server.middleware import VERSION_HEADER
+from servetune.server.service import Services
+
+T = TypeVar("T")
+LIVE_TIMEOUT_S = 10.0
+BUFFER_STATUS_TIMEOUT_S = 1.0
+
+
+def services(request: Request) -> Services:
+    """The objects that `create_app` was given."""
+    found: Services = request.app.state.services
+    return found
+
+
+async def _services(request: Request) -> Services:  # async: a plain function would be run in a thread
+    return services(request)
+
+
+ServicesDep = Annotated[Services, Depends(_services)]
+UserDep = Annotated[Principal, Depends(Require("user"))]
+OPEN = [Depends(Require("open"))]
+USER = [Depends(Require("user"))]
+
+
+def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for refusals."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    return {status: {"description": "Refused, see `code`", "content": content} for status in statuses}
+
+
+ASK_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {"schema": {"$ref": "#/components/schemas/AnswerRequest"}},
+            "multipart/form-data": {"schema": {"$ref": "#/components/schemas/AnswerForm"}},
+        },
+    },
+    "parameters": [
+        {
+            "name": name,
+            "in": "header",
+            "schema": {"type": "string"},
+            "description": text,
+        }
+        for name, text in (
+            ("Idempotency-Key", "Sent again with the same body, the first answer is given again."),
+            ("Servetune-Adapt", "`false` keeps the query from being learned from."),
+        )
+    ],
+}
+ASK_PROBLEMS = problems(400, 401, 404, 408, 409, 413, 415, 422, 500, 503)
+
+router = APIRouter()
+
+
+@router.post("/v1/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
+@router.post("/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
+async def answer(request: Request, services: ServicesDep, caller: UserDep) -> Response:
+    """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
+    asked = await parse_question(request.headers, await request.body())
+    work = services.answers.answer(asked.request, asked.images, caller.id, request.state.request_id)
+    reply = await _while_connected(request, work)
+    headers = {VERSION_HEADER: reply.adapter.version}
+    return Response(reply.model_dump_json(), headers=headers, media_type="application/json")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+    working = asyncio.create_task(work)
+    leaving = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ServiceError("client_closed_request")
+        return working.result()
+    finally:
+        leaving.cancel()
+        if working.cancel():
+            await asyncio.wait({working})
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+@router.get("/v2/health/live", include_in_schema=False, dependencies=OPEN)
+@router.get("/livez", responses=problems(503), dependencies=OPEN)
+async def livez(services: ServicesDep) -> dict[str, str]:
+    """Do the event loop and the engine's thread respond?"""
+    try:
+        async with asyncio.timeout(LIVE_TIMEOUT_S):
+            await services.engine.ping()
+    except Exception:  # whatever is wrong with the engine, this process is not alive
+        raise ServiceError("engine_unresponsive") from None
+    return {"status": "ok"}
+
+
+@router.get("/v2/health/ready", include_in_schema=False, dependencies=OPEN)
+@router.get("/health", include_in_schema=False, dependencies=OPEN)
+@router.get("/readyz", responses=problems(503), dependencies=OPEN)
+async def readyz(services: ServicesDep) -> dict[str, Any]:
+    """Is a verified version loaded? The buffer is only reported: without it answers go on."""
+    if not services.engine.ready():
+        raise ServiceError("not_ready")
+    return {
+        "status": "ready",
+        "serving": version_name(services.engine.serving),
+        "buffer": {"connected": await _buffer_connected(services)},
+    }
+
+
+async def _buffer_connected(services: Services) -> bool:
+    try:
+        async with asyncio.timeout(BUFFER_STATUS_TIMEOUT_S):
+            return (await services.buffer.status()).connected
+    except TimeoutError:
+        return False
+
+
+@router.get("/info", responses=problems(401), dependencies=USER)
+async def info(services: ServicesDep) -> Info:
+    """What is running, and what it accepts."""
+    engine, settings = services.engine, services.settings
+    return Info(
+        version=__version__,
+        model=engine.model_name,
+        base_digest=engine.base_digest,
+        adapter=services.store.name,
+        serving=version_name(engine.serving),
+        engine="transformers",
+        device=engine.device,
+        dtype=engine.dtype,
+        limits={
+            "max_body_bytes": settings.max_body_bytes,
+            "max_image_pixels": settings.max_image_pixels,
+            "max_image_side": settings.max_image_side,
+            "decode_side": settings.decode_side,
+            "max_images": MAX_IMAGES,
+            "queue_size": settings.queue_size,
+        },
+    )
+
+
+@router.get("/version", responses=problems(401), dependencies=USER)
+async def version() -> dict[str, str]:
+    """The version of servetune."""
+    return {"version": __version__}
+
+
+@router.get("/openapi.json", include_in_schema=False, dependencies=USER)
+async def openapi(request: Request) -> JSONResponse:
+    """The OpenAPI document of this app."""
+    return JSONResponse(request.app.openapi())
+
+
+@router.get("/docs", include_in_schema=False, dependencies=USER)
+async def docs() -> HTMLResponse:
+    """The OpenAPI document, made clickable."""
+    return get_swagger_ui_html(openapi_url="/openapi.json", title="servetune")

@@ -1,0 +1,250 @@
+"""Answer first, learn after: the one place that decides the order.
+
+The buffer is written beside the inference and may delay an answer by `buffer_wait_s` at most; nothing that
+happens to it can fail an answer. What was opted out, or not answered by `live`, is never written at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import structlog
+
+from servetune.adapters.store import AdapterStore, version_name
+from servetune.adapters.types import Query, Sampling
+from servetune.clients.types import (
+    Adaptation,
+    AdapterRef,
+    Answer,
+    AnswerRequest,
+    Diagnostics,
+    ImageInput,
+    Result,
+    Timings,
+    Usage,
+)
+from servetune.server.access import Access
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import QueryBuffer, Skipped
+from servetune.server.engine import Engine, Outcome, QueueFull
+from servetune.server.errors import ServiceError
+from servetune.server.ids import new_id
+from servetune.server.images import ImageReader
+from servetune.server.settings import Settings
+
+log = structlog.get_logger("servetune.service")
+
+T = TypeVar("T")
+RECOGNITION_TOP_K = 5
+
+
+class AnswerService:
+    """Turns wire requests into answers, and the queries among them into work for the learner."""
+
+    def __init__(self, settings: Settings, engine: Engine, buffer: QueryBuffer, images: ImageReader) -> None:
+        self._settings = settings
+        self._engine = engine
+        self._images = images
+        self._keeper = Keeper(buffer)
+        self._admitted_now = 0
+
+    async def answer(
+        self, request: AnswerRequest, images: Sequence[bytes | ImageInput], client: str, request_id: str
+    ) -> Answer:
+        """Answer one request. Cancelling it gives up the inference and withdraws the query.
+
+        Raises:
+            ServiceError: the server is not ready, or an image is refused.
+            QueueFull, UnknownVersion, CorruptVersion: as the engine says.
+            TimeoutError: not answered within `request_timeout_s`.
+        """
+        with self._admitted():
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                query = self._query(request, await self._images.read(images))
+                if reason := _why_not_kept(request):
+                    return self._wire(request, await self._infer(request, query), skipped(reason))
+                keeping = self._keeper.keep(query, client, request_id)
+                try:
+                    outcome = await self._infer(request, query)
+                except BaseException:  # a cancelled or failed question teaches nothing
+                    keeping.withdraw()
+                    raise
+        if outcome.finish_reason == "unparsed":
+            keeping.withdraw()
+            return self._wire(request, outcome, skipped("unparsed"))
+        return self._wire(request, outcome, await keeping.settle(self._settings.buffer_wait_s))
+
+    async def drain(self) -> None:
+        """Let running buffer writes end, for a few seconds, and free the decoding threads."""
+        await self._keeper.drain()
+        self._images.close()
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        # Counted before decoding: a full server must not pay for the images it refuses.
+        if not self._engine.ready():
+            raise ServiceError("not_ready")
+        if self._admitted_now >= self._settings.queue_size:
+            raise QueueFull
+        self._admitted_now += 1
+        try:
+            yield
+        finally:
+            self._admitted_now -= 1
+
+    def _query(self, request: AnswerRequest, images: tuple[Any, ...]) -> Query:
+        question = request.question or self._engine.recognition_question
+        return Query(new_id("q"), images, question, tuple(request.candidate_labels or ()))
+
+    async def _infer(self, request: AnswerRequest, query: Query) -> Outcome:
+        return await self._engine.answer(query, _sampling(request), request.adapter)
+
+    def _wire(self, request: AnswerRequest, outcome: Outcome, adaptation: Adaptation) -> Answer:
+        is_choice = request.candidate_labels is not None
+        kind = "label" if is_choice else "answer"
+        fields = {
+            "id": new_id("ans"),
+            "created": int(time.time()),
+            "model": self._engine.model_name,
+            "adapter": self._adapter(outcome),
+            "task": "recognition" if is_choice else "vqa",
+            "answer": outcome.text,
+            "confidence": outcome.confidence,
+            "confidence_source": _confidence_source(request),
+            "candidates": [{kind: text, "score": score} for text, score in outcome.candidates],
+            "finish_reason": outcome.finish_reason,
+            "diagnostics": _part(Diagnostics, outcome),
+            "adaptation": adaptation,
+            "usage": _part(Usage, outcome),
+            "timings": _part(Timings, outcome),
+        }
+        return Answer.model_validate(fields)
+
+    def _adapter(self, outcome: Outcome) -> AdapterRef:
+        version = version_name(outcome.version)
+        return AdapterRef(
+            name=self._engine.store.name, version=version, alias=outcome.alias, digest=outcome.digest
+        )
+
+
+def _why_not_kept(request: AnswerRequest) -> str | None:
+    """Only what `live` answers is learned from, and only with the client's consent."""
+    if not request.adapt:
+        return "adapt_false"
+    return None if request.adapter == "live" else "not_live"
+
+
+def _part(model: type[Result], outcome: Outcome) -> Result:
+    """The fields of an outcome that a part of the answer has under the same names."""
+    return model.model_validate({name: getattr(outcome, name) for name in model.model_fields})
+
+
+def _sampling(request: AnswerRequest) -> Sampling:
+    default_top_k = RECOGNITION_TOP_K if request.candidate_labels else 1
+    return Sampling(
+        n=request.n,
+        max_tokens=request.max_tokens,
+        temperature=request.temperature,
+        top_k=request.top_k or default_top_k,
+        seed=request.seed,
+    )
+
+
+def _confidence_source(request: AnswerRequest) -> str:
+    if request.candidate_labels is not None:
+        return "label_probability"
+    return "vote_share" if request.n > 1 else "sequence_probability"
+
+
+# --- keeping queries beside their answers ------------------------------------------------------------
+
+
+class Keeper:
+    """Writes queries to the buffer in tasks of its own, which no request can cancel."""
+
+    def __init__(self, buffer: QueryBuffer) -> None:
+        self._buffer = buffer
+        self._tasks: set[asyncio.Task[Any]] = set()
+
+    def keep(self, query: Query, client: str, request_id: str) -> Keeping:
+        """Begin to write a query."""
+        return Keeping(self.spawn(self._put(query, client, request_id)), query.id, self)
+
+    async def undo(self, put: asyncio.Task[Adaptation], query_id: str) -> None:
+        """Take a query back once its write has ended: before, there would be nothing to take."""
+        await put
+        try:
+            await self._buffer.withdraw(query_id)
+        except Exception as error:  # learning never fails an answer
+            log.warning("withdraw_failed", query_id=query_id, error=type(error).__name__)
+
+    def spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Run to the end, whatever becomes of the request."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def drain(self, timeout_s: float = 5.0) -> None:
+        """Wait for what is running; what hangs longer is cancelled."""
+        if self._tasks:
+            _, hanging = await asyncio.wait(self._tasks, timeout=timeout_s)
+            for task in hanging:
+                task.cancel()
+
+    async def _put(self, query: Query, client: str, request_id: str) -> Adaptation:
+        try:
+            await self._buffer.put(query, client)
+        except Skipped as refusal:
+            return skipped(refusal.reason)
+        except Exception as error:  # learning never fails an answer
+            log.warning("buffer_failed", request_id=request_id, error=type(error).__name__)
+            return skipped("buffer_unavailable")
+        return Adaptation(status="queued", query_id=query.id)
+
+
+class Keeping:
+    """One query on its way into the buffer."""
+
+    def __init__(self, put: asyncio.Task[Adaptation], query_id: str, keeper: Keeper) -> None:
+        self._put = put
+        self._query_id = query_id
+        self._keeper = keeper
+
+    def withdraw(self) -> None:
+        """Undo the write, in the background."""
+        self._keeper.spawn(self._keeper.undo(self._put, self._query_id))
+
+    async def settle(self, wait_s: float) -> Adaptation:
+        """What became of the query, after waiting so long at most.
+
+        On time-out the buffer goes on storing by itself, and counts the query as `unconfirmed`.
+        """
+        done, _ = await asyncio.wait({self._put}, timeout=wait_s)
+        if done:
+            return self._put.result()
+        self._put.cancel()
+        return Adaptation(status="skipped", query_id=self._query_id, reason="buffer_timeout")
+
+
+def skipped(reason: str) -> Adaptation:
+    """A query that was answered but not kept."""
+    return Adaptation(status="skipped", reason=reason)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What the routes work with; one per app, in `app.state.services`."""
+
+    settings: Settings
+    engine: Engine
+    store: AdapterStore
+    buffer: QueryBuffer
+    access: Access
+    audit: AuditLog
+    answers: AnswerService

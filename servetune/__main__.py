@@ -1,0 +1,5 @@
+"""`python -m servetune` is the command `servetune`."""
+
+from servetune.cli import main
+
+main()

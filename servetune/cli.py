@@ -1,0 +1,260 @@
+"""The command `servetune`. Only `serve` and `worker` import the server, and only when they are called."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+import servetune
+from servetune.clients import (
+    AdaptationStatus,
+    AdapterInfo,
+    Answer,
+    AuditEntry,
+    Client,
+    VersionInfo,
+)
+from servetune.connect import USAGE, command, fail
+
+SETTINGS: dict[str, Any] = {
+    "no_args_is_help": True,
+    "add_completion": False,
+    "rich_markup_mode": None,
+    # A traceback with local variables would print keys.
+    "pretty_exceptions_enable": False,
+}
+app = typer.Typer(help=servetune.__doc__, **SETTINGS)
+adapters = typer.Typer(help="Versions of an adapter: look at them, keep, move and export them.", **SETTINGS)
+app.add_typer(adapters, name="adapters")
+
+ModelArgument = Annotated[str | None, typer.Argument(help="`nano`, a folder or a hub id of a checkpoint.")]
+HomeOption = Annotated[Path | None, typer.Option(help="All state lives here.")]
+LineOption = Annotated[str | None, typer.Option(help="Name of the adapter line.")]
+DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
+RedisOption = Annotated[str | None, typer.Option(help="By default the embedded Valkey.")]
+LearnerOption = Annotated[str | None, typer.Option(help="default, ttrv, majority or a control.")]
+SeedOption = Annotated[int | None, typer.Option()]
+
+ImageArgument = Annotated[str, typer.Argument(help="A file, an https URL, a data: URI, or - for stdin.")]
+ChoiceOption = Annotated[str | None, typer.Option(help="live, another alias, base or a version: v0007.")]
+AdaptOption = Annotated[bool, typer.Option(help="May the server keep this query, and learn from it?")]
+NameOption = Annotated[str, typer.Option(help="The adapter.")]
+VersionArgument = Annotated[str, typer.Argument(help="A version (v0007), an alias or base.")]
+
+
+def main() -> None:
+    """Entry point."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        typer.echo(servetune.__version__)
+        raise typer.Exit
+
+
+# --- processes ---------------------------------------------------------------------------------------
+
+
+@app.command()
+def serve(
+    model: ModelArgument = None,
+    host: Annotated[str | None, typer.Option()] = None,
+    port: Annotated[int | None, typer.Option(help="0 takes a free one.")] = None,
+    home: HomeOption = None,
+    adapter: LineOption = None,
+    device: DeviceOption = None,
+    redis_url: RedisOption = None,
+    learner: LearnerOption = None,
+    seed: SeedOption = None,
+    worker: Annotated[bool | None, typer.Option(help="Start a worker beside the API.")] = None,
+) -> None:
+    """Answer questions and learn from them. Options not given come from SERVETUNE_* or servetune.toml."""
+    _start("serve", locals())
+
+
+@app.command()
+def worker(
+    model: ModelArgument = None,
+    home: HomeOption = None,
+    adapter: LineOption = None,
+    device: DeviceOption = None,
+    redis_url: RedisOption = None,
+    learner: LearnerOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Only learn, from the buffer and into the store that servers share."""
+    _start("worker", locals())
+
+
+def _start(role: str, options: dict[str, Any]) -> None:
+    flags = {name: value for name, value in options.items() if value is not None}
+    try:
+        getattr(importlib.import_module("servetune.server.main"), role)(**flags)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing.partition(".")[0] == "servetune":
+            raise
+        fail(f'{missing} is not installed. Install the server: pip install "servetune[server]"', USAGE)
+    except ValidationError as error:
+        if error.title != "Settings":
+            raise
+        wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+        fail("; ".join(wrong), USAGE)
+
+
+# --- questions ---------------------------------------------------------------------------------------
+
+
+@command(app)
+def answer(
+    client: Client,
+    image: ImageArgument,
+    question: Annotated[str, typer.Argument()],
+    n: Annotated[int | None, typer.Option("--n", "-n", help="Answers to sample and vote over.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0 for --n above 1.")] = None,
+    max_tokens: Annotated[int | None, typer.Option()] = None,
+    top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
+    seed: SeedOption = None,
+    adapter: ChoiceOption = None,
+    adapt: AdaptOption = True,
+) -> Answer:
+    """Ask an open question about an image."""
+    return client.answer(
+        _image(image),
+        question,
+        n=n,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        top_k=top_k,
+        seed=seed,
+        adapter=adapter,
+        adapt=adapt,
+    )
+
+
+@command(app)
+def recognize(
+    client: Client,
+    image: ImageArgument,
+    labels: Annotated[list[str], typer.Option("--label", "-l", help="Give it at least twice.")],
+    question: Annotated[str | None, typer.Option(help="Instead of the default one.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
+    adapter: ChoiceOption = None,
+    adapt: AdaptOption = True,
+) -> Answer:
+    """Choose one of the labels for an image."""
+    return client.recognize(_image(image), labels, question=question, top_k=top_k, adapter=adapter, adapt=adapt)
+
+
+def _image(source: str) -> str | bytes:
+    return sys.stdin.buffer.read() if source == "-" else source
+
+
+# --- adapters ----------------------------------------------------------------------------------------
+
+
+@command(adapters, "list")
+def list_adapters(client: Client) -> list[AdapterInfo]:
+    """All adapters of the server."""
+    return client.adapters.list()
+
+
+@command(adapters)
+def show(client: Client, name: Annotated[str, typer.Argument()] = "default") -> AdapterInfo:
+    """Aliases, what is wanted and what is served."""
+    return client.adapters.get(name)
+
+
+@command(adapters)
+def versions(client: Client, name: Annotated[str, typer.Argument()] = "default") -> list[VersionInfo]:
+    """All versions."""
+    return list(client.adapters.versions(name))
+
+
+@command(adapters)
+def snapshot(
+    client: Client,
+    label: Annotated[str, typer.Argument(help="Also the alias of the new version.")],
+    metadata: Annotated[list[str] | None, typer.Option("--metadata", "-m", metavar="KEY=VALUE")] = None,
+    name: NameOption = "default",
+) -> VersionInfo:
+    """Keep what is live as a version of its own."""
+    pairs = [item.partition("=") for item in metadata or []]
+    if not all(key and sign for key, sign, _ in pairs):
+        raise ValueError("--metadata takes KEY=VALUE")
+    return client.adapters.snapshot(label, {key: value for key, _, value in pairs}, name)
+
+
+@command(adapters)
+def promote(client: Client, version: VersionArgument, name: NameOption = "default") -> AdapterInfo:
+    """Make a version live."""
+    return client.adapters.promote(version, name)
+
+
+@command(adapters)
+def rollback(
+    client: Client,
+    to: Annotated[str | None, typer.Option(help="By default the last good version.")] = None,
+    name: NameOption = "default",
+) -> AdapterInfo:
+    """Move live back to an existing version."""
+    return client.adapters.rollback(to, name)
+
+
+@command(adapters)
+def reset(
+    client: Client,
+    to: Annotated[str, typer.Option(help="base unlearns everything.")] = "base",
+    purge_buffer: Annotated[bool, typer.Option(help="Also delete the waiting queries.")] = False,
+    name: NameOption = "default",
+) -> VersionInfo:
+    """Publish old weights as a new version and make it live."""
+    return client.adapters.reset(to, purge_buffer, name)
+
+
+@command(adapters)
+def export(
+    client: Client,
+    version: VersionArgument,
+    path: Annotated[Path, typer.Argument(help="A folder that is missing or empty.")],
+    name: NameOption = "default",
+) -> Path:
+    """Download a version as a folder that PEFT and vLLM load."""
+    return client.adapters.export(version, path, name)
+
+
+# --- adaptation --------------------------------------------------------------------------------------
+
+
+@command(app)
+def status(client: Client) -> AdaptationStatus:
+    """Is it learning, from what, and how far is serving behind?"""
+    return client.adaptation.status()
+
+
+@command(app)
+def pause(client: Client) -> AdaptationStatus:
+    """Stop learning; answering goes on."""
+    return client.adaptation.pause()
+
+
+@command(app)
+def resume(client: Client) -> AdaptationStatus:
+    """Learn again."""
+    return client.adaptation.resume()
+
+
+@command(app)
+def audit(
+    client: Client, limit: Annotated[int, typer.Option(min=1, help="Entries to show.")] = 100
+) -> list[AuditEntry]:
+    """Who changed what."""
+    return list(itertools.islice(client.adaptation.audit(), limit))

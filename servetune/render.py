@@ -1,0 +1,113 @@
+"""How results look: one JSON document, or tables for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from servetune.clients.types import AdapterInfo, Answer, AuditEntry, VersionInfo
+
+COLUMNS: dict[type[BaseModel], tuple[str, ...]] = {
+    AdapterInfo: ("name", "live", "serving", "generation", "num_versions", "aliases"),
+    VersionInfo: ("version", "parent", "origin", "label", "created", "num_queries", "metrics"),
+    AuditEntry: ("timestamp", "event", "actor", "request_id", "details"),
+}
+MOMENTS = frozenset({"created", "timestamp"})
+
+
+class Output(StrEnum):
+    """Formats of `-o`."""
+
+    table = "table"
+    json = "json"
+
+
+def show(result: Any, output: Output) -> None:
+    """Print a result of the SDK: a model, a list of models or a path."""
+    if output is Output.json:
+        sys.stdout.write(json.dumps(_plain(result), indent=2, ensure_ascii=False) + "\n")
+        return
+    console = Console()
+    if isinstance(result, Answer):
+        _show_answer(console, result)
+    elif isinstance(result, BaseModel):
+        console.print(_facts(result))
+    elif isinstance(result, list):
+        console.print(_listing(result) if result else "nothing there yet")
+    else:
+        console.print(_text(result), soft_wrap=True)
+
+
+def _plain(result: Any) -> Any:
+    if isinstance(result, list):
+        return [_plain(item) for item in result]
+    if isinstance(result, BaseModel):
+        return result.model_dump(mode="json")
+    return {"path": str(result)} if isinstance(result, Path) else result
+
+
+def _show_answer(console: Console, answer: Answer) -> None:
+    headline = "no answer" if answer.answer is None else answer.answer
+    sure = "" if answer.confidence is None else f"  ({answer.confidence:.1%}, {answer.confidence_source})"
+    console.print(_text(headline, "bold") + _text(sure, "dim"))
+    if len(answer.candidates) > 1:
+        names = [each.label or each.answer or "" for each in answer.candidates]
+        shares = [f"{each.score:.1%}" for each in answer.candidates]
+        console.print(_table((), zip(names, shares, strict=True)))
+    learning = answer.adaptation.status + (f": {answer.adaptation.reason}" if answer.adaptation.reason else "")
+    note = f"{answer.adapter.name} {answer.adapter.version} · {answer.timings.inference_s:.2f} s"
+    console.print(_text(f"{note} · learning {learning}", "dim"))
+
+
+def _listing(rows: Sequence[BaseModel]) -> Table:
+    columns = COLUMNS.get(type(rows[0]), tuple(type(rows[0]).model_fields))
+    return _table(columns, ([_value(name, getattr(row, name)) for name in columns] for row in rows))
+
+
+def _facts(result: BaseModel) -> Table:
+    """Every field, those of a nested model under `outer.inner`."""
+    facts: list[tuple[str, str]] = []
+    for name, value in result:
+        if isinstance(value, BaseModel):
+            facts += [(f"{name}.{inner}", _value(inner, each)) for inner, each in value]
+        else:
+            facts.append((name, _value(name, value)))
+    return _table((), facts)
+
+
+def _table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    table = Table(box=None, show_header=bool(columns), pad_edge=False, header_style="bold")
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(*map(_text, row))
+    return table
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name in MOMENTS:
+        return datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_value('', each)}" for key, each in value.items()) or "-"
+    if isinstance(value, list | tuple):
+        return ", ".join(_value("", each) for each in value) or "-"
+    return str(value)
+
+
+def _text(value: Any, style: str = "") -> Text:
+    """Text without markup, and without what a terminal would take for a command: much of it is foreign."""
+    return Text("".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in str(value)), style)

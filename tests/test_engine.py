@@ -1,0 +1,168 @@
+"""Answers carry the version that made them; swaps fall between generations; bad versions are never served."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from servetune.adapters.family import Family
+from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.store import AdapterStore, Draft, UnknownVersion
+from servetune.adapters.types import Sampling
+from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
+from servetune.server.settings import Settings
+from tests.conftest import query
+
+LABELS = ("red", "green cat", "blue dog")
+
+
+@pytest.fixture
+def policy(tiny: Path) -> Policy:
+    return Policy(Family.load(str(tiny)), LoraSpec(4, 8), SLOTS)
+
+
+@pytest.fixture
+def store(policy: Policy, tmp_path: Path) -> AdapterStore:
+    made = AdapterStore(tmp_path / "store")
+    policy.use(None)
+    made.initialise(policy.zero_weights(), policy.peft_config(), "sha256:base", policy.probe())
+    return made
+
+
+@pytest.fixture
+async def engine(policy: Policy, store: AdapterStore, tmp_path: Path) -> AsyncIterator[Engine]:
+    made = Engine(policy, store, Settings(home=tmp_path, swap_poll_s=0.02, queue_size=4))
+    await made.start()
+    yield made
+    await made.stop()
+
+
+def publish(policy: Policy, store: AdapterStore, seed: int, probe: tuple[float, ...] | None = None) -> int:
+    """A version whose probe was made by a second policy, as the worker does."""
+    maker = Policy(Family.load(policy.family.source), LoraSpec(4, 8), ("candidate",))
+    weights = maker.zero_weights()
+    generator = torch.Generator().manual_seed(seed)
+    for key, value in weights.items():
+        if ".lora_B." in key:
+            value.normal_(std=0.5, generator=generator)
+    maker.load("candidate", weights)
+    return store.publish(Draft(weights, "worker", 0, probe or maker.probe())).version
+
+
+def scores(outcome: Outcome) -> dict[str, float]:
+    return dict(outcome.candidates)
+
+
+async def test_recognition_gives_probabilities_over_the_labels(engine: Engine) -> None:
+    outcome = await engine.answer(query(labels=LABELS), Sampling(top_k=5), "live")
+    assert sum(scores(outcome).values()) == pytest.approx(1.0)
+    assert outcome.text == outcome.candidates[0][0]
+    assert outcome.confidence == outcome.candidates[0][1]
+    assert 0 <= (outcome.label_mass or 0) <= 1
+    assert (outcome.version, outcome.alias) == (0, "live")
+    best = await engine.answer(query(labels=LABELS), Sampling(top_k=1), "base")
+    assert len(best.candidates) == 1
+
+
+async def test_open_answers(engine: Engine) -> None:
+    greedy = await engine.answer(query(), Sampling(max_tokens=4), "live")
+    again = await engine.answer(query(), Sampling(max_tokens=4, top_k=3), "live")
+    assert greedy.text == again.text
+    assert len(again.candidates) <= 3
+    seeded = [
+        await engine.answer(query(), Sampling(max_tokens=4, temperature=1, seed=5), "live") for _ in range(2)
+    ]
+    assert seeded[0].text == seeded[1].text
+    voted = await engine.answer(query(), Sampling(n=16, max_tokens=3, temperature=1.0, seed=1), "live")
+    assert voted.votes is not None
+    assert voted.confidence == pytest.approx(max(voted.votes.values()))
+
+
+async def test_a_promoted_version_is_swapped_in_and_stamped(
+    engine: Engine, policy: Policy, store: AdapterStore
+) -> None:
+    before = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
+    version = publish(policy, store, seed=1)
+    store.promote(version)
+    async with asyncio.timeout(10):
+        while engine.serving != version:
+            await asyncio.sleep(0.01)
+    after = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
+    base = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "base")
+    assert after.version == version
+    assert after.digest == store.manifest(version).digest
+    assert scores(after) != scores(before)
+    assert scores(base) == scores(before)
+
+
+async def test_swaps_tear_nothing(engine: Engine, policy: Policy, store: AdapterStore) -> None:
+    """Every answer under a storm of swaps is exactly the one of the version that it names."""
+    versions = [publish(policy, store, seed) for seed in range(5)]
+    asked = query(labels=LABELS)
+    expected = {}
+    for version in [0, *versions]:
+        choice = "base" if version == 0 else f"v{version:04d}"
+        expected[version] = scores(await engine.answer(asked, Sampling(top_k=3), choice))
+
+    async def swap() -> None:
+        for turn in range(40):
+            store.promote(versions[turn % len(versions)])
+            await engine.refresh()
+            await asyncio.sleep(0)
+
+    async def ask() -> list[Outcome]:
+        return [await engine.answer(asked, Sampling(top_k=3), "live") for _ in range(60)]
+
+    _, *asked_by = await asyncio.gather(swap(), ask(), ask())
+    outcomes = [outcome for outcomes in asked_by for outcome in outcomes]
+    assert len({outcome.version for outcome in outcomes}) > 1
+    for outcome in outcomes:
+        assert scores(outcome) == expected[outcome.version]
+    resident, leases = engine.residency()
+    assert len(resident) <= 1 + len(SLOTS)
+    assert leases == {}
+
+
+async def test_a_version_with_the_wrong_probe_is_not_served(
+    engine: Engine, policy: Policy, store: AdapterStore
+) -> None:
+    store.promote(publish(policy, store, seed=1, probe=tuple([9.0] * 32)))
+    assert await engine.refresh() == 0
+    assert (await engine.answer(query(labels=LABELS), Sampling(), "live")).version == 0
+
+
+async def test_flipped_bits_are_not_served(engine: Engine, policy: Policy, store: AdapterStore) -> None:
+    version = publish(policy, store, seed=1)
+    store.promote(version)
+    path = store.folder / f"v{version:04d}" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert await engine.refresh() == 0
+
+
+async def test_unknown_versions_and_a_full_queue(engine: Engine) -> None:
+    with pytest.raises(UnknownVersion):
+        await engine.answer(query(), Sampling(), "v0042")
+    calls = [engine.answer(query(), Sampling(max_tokens=2), "live") for _ in range(12)]
+    results = await asyncio.gather(*calls, return_exceptions=True)
+    assert any(isinstance(result, QueueFull) for result in results)
+    assert any(isinstance(result, Outcome) for result in results)
+    assert engine.residency()[1] == {}
+
+
+async def test_a_cancelled_caller_leaves_no_lease(engine: Engine) -> None:
+    task = asyncio.create_task(engine.answer(query(), Sampling(max_tokens=4), "live"))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await engine.ping()
+    await asyncio.sleep(0.05)
+    assert engine.residency()[1] == {}
+    assert (await engine.answer(query(), Sampling(max_tokens=2), "live")).version == 0

@@ -1,0 +1,133 @@
+"""Every supported family: answer, rollouts, exact gradients, one step, a swap, and plain PEFT reads the result.
+
+The checkpoints are tiny and random, but their classes, processors and files are the real ones; none of the
+video-capable processors can be built here, so their image-only form is what is tested.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+
+from servetune.adapters import tree
+from servetune.adapters.family import Family
+from servetune.adapters.policy import LoraSpec, Observation, Policy
+from servetune.adapters.step import Learner, LearnerConfig
+from servetune.adapters.store import AdapterStore, Draft
+from tests.checkpoints import FAMILIES
+from tests.conftest import noise, query, stir
+
+SEQUENCES = [(260, 261, 270, 300), (260, 261, 265, 300), (260, 300), (280,), (260, 261, 270, 300)]
+
+
+@pytest.fixture(params=sorted(FAMILIES))
+def made(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Policy:
+    return Policy(Family.load(str(checkpoints[request.param])), LoraSpec(4, 8), ("candidate", "live"))
+
+
+def whole_logits(policy: Policy, observation: Observation, sequence: tuple[int, ...]) -> torch.Tensor:
+    """Logits of an ordinary forward pass over prompt and answer together, at the answer's tokens."""
+    inputs = dict(observation.prompt.inputs)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([sequence])], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    if (kinds := inputs.get("mm_token_type_ids")) is not None:
+        inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros(1, len(sequence), dtype=kinds.dtype)], 1)
+    logits = policy.family.model(**inputs).logits[0].float()
+    return tree._allowed(policy.family, logits)[observation.prompt.length - 1 : -1]
+
+
+def flat_gradient(policy: Policy) -> torch.Tensor:
+    parameters = policy.parameters("candidate").values()
+    gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    for parameter in parameters:
+        parameter.grad = None
+    return gradient
+
+
+def test_the_tree_gives_the_logprobs_and_gradients_of_separate_passes(made: Policy) -> None:
+    stir(made, "candidate")
+    made.use("candidate")
+    observation = made.observe(query())
+    ours, mask = tree.score(made.family, made.begin(observation), SEQUENCES)
+    (ours * mask).sum().backward()
+    our_gradient = flat_gradient(made)
+    total = torch.zeros(())
+    for row, sequence in enumerate(SEQUENCES):
+        logprobs = whole_logits(made, observation, sequence).log_softmax(-1)
+        theirs = logprobs[range(len(sequence)), list(sequence)]
+        torch.testing.assert_close(ours[row, : len(sequence)], theirs, atol=1e-5, rtol=1e-5)
+        total = total + theirs.sum()
+    total.backward()
+    their_gradient = flat_gradient(made)
+    assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-5
+
+
+def test_greedy_answers_are_those_of_generate(made: Policy) -> None:
+    stir(made, "candidate")
+    made.use("candidate")
+    observation = made.observe(query())
+    with torch.no_grad():
+        ours = tree.sample(made.family, made.begin(observation), 1, 6, temperature=0.0)[0]
+        theirs = made.family.model.generate(
+            **observation.prompt.inputs,
+            max_new_tokens=6,
+            do_sample=False,
+            bad_words_ids=[[token] for token in made.family.forbidden.tolist()],
+        )[0, observation.prompt.length :]
+    assert ours.tokens == tuple(theirs.tolist())
+
+
+def test_sampled_logprobs_are_the_scored_ones(made: Policy) -> None:
+    with torch.no_grad():
+        prefix = made.begin(made.observe(query()))
+        samples = tree.sample(made.family, prefix, 32, 6, generator=torch.Generator().manual_seed(0))
+        scored, _ = tree.score(made.family, prefix, [sample.tokens for sample in samples])
+    assert sum(sample.count for sample in samples) == 32
+    torch.testing.assert_close(scored.sum(-1), torch.tensor([s.logprob for s in samples]), atol=1e-4, rtol=1e-4)
+
+
+def test_lora_sits_on_the_language_model_alone(made: Policy) -> None:
+    wrapped = {key.split("base_model.model.")[1].rsplit(".lora_", 1)[0] for key in made.parameters("live")}
+    assert wrapped
+    assert all(name.startswith(made.family.decoder_name) for name in wrapped)
+
+
+def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
+    made: Policy, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
+    made.load("candidate", made.zero_weights())
+    config = LearnerConfig(learning_rate=1e-2, agreement=(0, 1), min_valid=0, max_tokens=4)
+    learner = Learner(made, config)
+    metrics, taught = learner.step([query(1), query(2, labels=("red", "green cat", "blue dog"))], version=0)
+    assert metrics.informative == len(taught) >= 1
+    made.use("candidate")
+    probe = made.probe()
+    made.use(None)
+    assert probe != made.probe()
+
+    store = AdapterStore(tmp_path)
+    store.initialise(made.zero_weights(), made.peft_config(), made.family.digest(), made.probe())
+    weights, moments = learner.state()
+    version = store.publish(Draft(weights, "worker", 0, probe, moments)).version
+    with tarfile.open(fileobj=io.BytesIO(b"".join(store.export(version)))) as tar:
+        tar.extractall(tmp_path / "out", filter="data")
+    base = AutoModelForImageTextToText.from_pretrained(made.family.source)
+    plain = PeftModel.from_pretrained(base, tmp_path / "out" / "v0001").eval()
+    observation = made.observe(query())
+    made.use("candidate")
+    with torch.no_grad():
+        theirs = plain(**observation.prompt.inputs).logits[:, -1]
+        torch.testing.assert_close(made.begin(observation).logits, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_special_tokens_in_a_question_stay_text(made: Policy) -> None:
+    special = " ".join(made.family.tokenizer.get_added_vocab())
+    plain, hostile = (made.family.prompt([noise()], text).inputs["input_ids"] for text in ("hi", f"hi {special}"))
+    for token in made.family.forbidden.tolist():
+        assert (plain == token).sum() == (hostile == token).sum()

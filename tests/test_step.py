@@ -1,0 +1,108 @@
+"""One step: what teaches, what is skipped, and that no signal means no change."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from servetune.adapters.policy import Policy
+from servetune.adapters.rollouts import roll_out
+from servetune.adapters.step import Learner, LearnerConfig
+from tests.conftest import query, stir
+
+LABELS = ("red", "green cat", "blue dog")
+OPEN = LearnerConfig(agreement=(0, 1), min_valid=0, max_tokens=4, learning_rate=1e-2)
+
+
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def test_label_rollouts_are_the_exact_distribution(policy: Policy) -> None:
+    group = roll_out(policy, query(labels=LABELS), 32, 4, generator(), version=3)
+    assert group.rollouts.answers == LABELS
+    assert group.rollouts.num is None
+    assert float(group.rollouts.weights.sum()) == pytest.approx(1.0)
+    torch.testing.assert_close(group.rollouts.weights, group.rollouts.logprobs.softmax(-1))
+
+
+def test_drawn_labels_converge_to_the_exact_distribution(policy: Policy) -> None:
+    exact = roll_out(policy, query(labels=LABELS), 1, 4, generator(), 0)
+    drawn = roll_out(policy, query(labels=LABELS), 20_000, 4, generator(), 0, exact=False)
+    shares = dict(zip(drawn.rollouts.answers, drawn.rollouts.weights.tolist(), strict=True))
+    for label, weight in zip(LABELS, exact.rollouts.weights.tolist(), strict=True):
+        assert shares.get(label, 0.0) == pytest.approx(weight, abs=0.015)
+
+
+def test_cut_answers_are_invalid(policy: Policy) -> None:
+    group = roll_out(policy, query(), 16, 2, generator(), 0)
+    ended = {tokens[-1] in policy.family.end_tokens for tokens in group.rollouts.tokens}
+    assert ended == {False} or group.votes.valid < 1
+    for tokens, answer in zip(group.rollouts.tokens, group.rollouts.answers, strict=True):
+        assert answer == "" or tokens[-1] in policy.family.end_tokens
+
+
+def test_a_step_raises_the_probability_of_the_majority(policy: Policy) -> None:
+    stir(policy, "candidate", std=0.05)
+    learner = Learner(policy, OPEN)
+    asked = query(labels=tuple("abcdefgh"))
+    before = roll_out(policy, asked, 32, 4, generator(), 0).votes.majority
+    assert before < 0.9
+    for _ in range(5):
+        metrics, taught = learner.step([asked], version=0)
+    policy.use("candidate")
+    after = roll_out(policy, asked, 32, 4, generator(), 0).votes.majority
+    assert taught == [asked]
+    assert metrics.informative == 1
+    assert after > before
+    assert learner.steps == 5
+
+
+@pytest.mark.parametrize("config", [LearnerConfig(agreement=(1.1, 1.2)), LearnerConfig(min_valid=1.1)])
+def test_no_signal_no_change(policy: Policy, config: LearnerConfig) -> None:
+    learner = Learner(policy, config)
+    before = learner.state()
+    metrics, taught = learner.step([query(), query(1, labels=LABELS)], version=0)
+    after = learner.state()
+    assert (metrics.informative, taught, learner.steps) == (0, [], 0)
+    assert after[1] == before[1] == {}
+    assert all(torch.equal(before[0][key], after[0][key]) for key in before[0])
+
+
+def test_state_and_load_are_inverse(policy: Policy) -> None:
+    learner = Learner(policy, OPEN)
+    learner.step([query(labels=LABELS)], 0)
+    kept = learner.state()
+    learner.step([query(1, labels=LABELS)], 0)
+    changed = learner.state()
+    learner.load(*kept)
+    again = learner.state()
+    assert any(not torch.equal(kept[0][key], changed[0][key]) for key in kept[0])
+    for ours, theirs in zip(kept, again, strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_the_reference_is_never_moved(policy: Policy) -> None:
+    with policy.reference():
+        before = policy.probe()
+    Learner(policy, OPEN).step([query(labels=LABELS)], 0)
+    with policy.reference():
+        assert policy.probe() == before
+
+
+@pytest.mark.parametrize("learner", ["default", "ttrv", "released", "majority", "random", "format-only"])
+def test_every_learner_runs(policy: Policy, learner: str) -> None:
+    config = LearnerConfig.named(learner, num_rollouts=8, max_tokens=3, learning_rate=1e-3)
+    metrics, _ = Learner(policy, config).step([query(), query(1, labels=LABELS)], 0)
+    assert metrics.groups == 2
+    assert all(math.isfinite(value) for value in metrics.values.values())
+
+
+def test_the_published_form_is_the_published_form() -> None:
+    config = LearnerConfig.named("ttrv")
+    assert (config.exact, config.scale, config.confidence, config.per_token) == (False, True, False, True)
+    assert (config.num_rollouts, config.kl_coefficient, config.agreement) == (32, 0.04, (0.0, 1.0))
+    assert LearnerConfig.named("released").kl_coefficient == 0.001

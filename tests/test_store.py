@@ -1,0 +1,217 @@
+"""Versions are whole or absent, aliases move atomically, and what is wrong is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servetune.adapters import store as store_module
+from servetune.adapters.store import (
+    AdapterStore,
+    AliasMoved,
+    CorruptVersion,
+    Draft,
+    ForeignStore,
+    NameTaken,
+    StoreError,
+    UnknownVersion,
+)
+
+CONFIG = {"r": 2, "target_modules": "x", "peft_type": "LORA"}
+ZERO = {"a.lora_A.weight": torch.ones(2, 3), "a.lora_B.weight": torch.zeros(3, 2)}
+
+
+def opened(root: Path, name: str = "default") -> AdapterStore:
+    store = AdapterStore(root, name)
+    store.initialise(ZERO, CONFIG, "sha256:base", (0.0, 1.0))
+    return store
+
+
+def draft(value: float, **story: object) -> Draft:
+    weights = {**ZERO, "a.lora_B.weight": torch.full((3, 2), value)}
+    return Draft(weights, "worker", 0, (value,), **story)  # type: ignore[arg-type]
+
+
+def test_a_new_store_serves_the_base(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    assert store.versions() == [0]
+    assert store.live().version == 0
+    assert store.resolve("live") == store.resolve("base") == store.resolve("v0000") == 0
+
+
+def test_publish_does_not_promote_and_promote_remembers_last_good(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    made = store.publish(draft(1.0, query_ids=("q1", "q2")))
+    assert (made.version, store.live().version) == (1, 0)
+    store.promote(1)
+    store.promote(store.publish(draft(2.0)).version)
+    assert store.aliases() == {"live": 2, "last-good": 1, "base": 0}
+    assert store.rollback().version == 1
+    assert store.rollback(to=0).version == 0
+    assert store.learned_from({"q2", "q9"}) == {"q2"}
+
+
+def test_generation_only_grows_and_guards_promotion(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    seen = store.live().generation
+    made = store.publish(draft(1.0)).version
+    reset = store.reset()
+    with pytest.raises(AliasMoved):
+        store.promote(made, expected_generation=seen)
+    assert store.live().version == reset.version
+    assert store.live().generation > seen
+
+
+def test_reset_is_a_new_version_with_the_bytes_of_the_base(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0)).version)
+    made = store.reset()
+    assert made.version == 2
+    assert made.digest == store.manifest(0).digest
+    assert store.live().version == 2
+
+
+def test_snapshot_names_the_live_weights_for_good(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0)).version)
+    made = store.snapshot("before-monday", {"why": "test"})
+    assert store.resolve("before-monday") == made.version
+    assert made.digest == store.manifest(1).digest
+    assert store.live().version == 1
+    for taken in ("before-monday", "live", "v0007", "../x", "UPPER"):
+        with pytest.raises(NameTaken):
+            store.snapshot(taken)
+
+
+def test_optimizer_state_travels_with_its_version(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    made = store.publish(draft(1.0, optimizer={"step:a": torch.tensor(3.0)}))
+    assert store.optimizer(made.version) == {"step:a": torch.tensor(3.0)}
+    assert store.optimizer(0) == {}
+
+
+def test_a_store_of_another_base_is_refused(tmp_path: Path) -> None:
+    opened(tmp_path)
+    other = AdapterStore(tmp_path)
+    with pytest.raises(ForeignStore, match="another --adapter name"):
+        other.initialise(ZERO, CONFIG, "sha256:other", (0.0,))
+    with pytest.raises(ForeignStore):
+        other.initialise(ZERO, {**CONFIG, "r": 4}, "sha256:base", (0.0,))
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    path = tmp_path / "default" / "v0000" / store_module.WEIGHTS
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):
+        broken = bytearray(whole)
+        broken[position] ^= 1 << (position % 8)
+        path.write_bytes(broken)
+        with pytest.raises(CorruptVersion):
+            store.weights(0)
+    path.unlink()
+    with pytest.raises(CorruptVersion):
+        store.promote(0)
+
+
+def test_an_unreadable_manifest_is_corrupt(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    (tmp_path / "default" / "v0000" / "manifest.json").write_text("{")
+    with pytest.raises(CorruptVersion):
+        store.manifest(0)
+
+
+@settings(max_examples=300, deadline=None)
+@given(name=st.text(max_size=80))
+def test_no_name_leaves_the_store(name: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    root = tmp_path_factory.getbasetemp() / "names"
+    store = opened(root)
+    with contextlib.suppress(UnknownVersion):
+        assert store.resolve(name) == 0
+    with contextlib.suppress(NameTaken):
+        assert AdapterStore(root, name).folder.parent == root
+    assert {path.name for path in root.iterdir()} == {"default"}
+
+
+def test_pause_outlives_the_process(tmp_path: Path) -> None:
+    opened(tmp_path).set_paused(True)
+    assert opened(tmp_path).paused
+    opened(tmp_path).set_paused(False)
+    opened(tmp_path).set_paused(False)
+    assert not opened(tmp_path).paused
+
+
+def _publish_forever(root: Path) -> None:
+    store = AdapterStore(root)
+    value = 0.0
+    while True:
+        value += 1
+        store.promote(store.publish(draft(value)).version)
+
+
+def test_kill_9_leaves_a_whole_version_current(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    for round_number in range(6):
+        process = multiprocessing.get_context("spawn").Process(target=_publish_forever, args=(tmp_path,))
+        process.start()
+        assert process.pid is not None
+        before = store.live().version
+        deadline = time.monotonic() + 30
+        while store.live().version == before and time.monotonic() < deadline:
+            time.sleep(0.001)
+        time.sleep(0.013 * round_number)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        live = store.live().version
+        assert live > before
+        assert store.weights(live)["a.lora_B.weight"].isfinite().all()
+        for version in store.versions():
+            store.weights(version)
+    opened(tmp_path)  # clears what the kills left behind
+    assert not list((tmp_path / "default").glob(".staging-*"))
+
+
+def _publish_some(root: Path, count: int) -> None:
+    store = AdapterStore(root)
+    for value in range(count):
+        store.promote(store.publish(draft(float(value))).version)
+
+
+def test_two_writers_never_share_a_number(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    context = multiprocessing.get_context("spawn")
+    writers = [context.Process(target=_publish_some, args=(tmp_path, 15)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert store.versions() == list(range(31))
+    assert store.live().generation == 31
+
+
+def test_errors_have_stable_codes() -> None:
+    codes = {error.code for error in StoreError.__subclasses__()}
+    assert codes == {
+        "adapter_not_found",
+        "adapter_corrupt",
+        "alias_moved",
+        "name_taken",
+        "adapter_incompatible",
+    }
+
+
+def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    content = json.loads((tmp_path / "default" / "v0000" / "manifest.json").read_text())
+    assert content["files"].keys() == {store_module.WEIGHTS, store_module.CONFIG}
+    assert store.manifest(0).origin == "base"
