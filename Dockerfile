@@ -13,9 +13,10 @@ COPY server server
 COPY adapters adapters
 COPY clients clients
 COPY nano nano
+# hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[server]'
 
-USER servetune
+USER 10001
 ENV SERVETUNE_HOME=/data SERVETUNE_HOST=0.0.0.0 SERVETUNE_PORT=8000
 VOLUME /data
 EXPOSE 8000

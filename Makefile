@@ -31,6 +31,7 @@ format: setup
 
 lint: setup
 	$(BIN)/ruff check .
+	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 
 types: setup
 	@mkdir -p $(TYPES)

@@ -9,7 +9,7 @@ from typing import BinaryIO
 
 from servetune.clients.errors import APIError
 
-CONFIG = "adapter_config.json"
+NEEDED = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def check_free(target: Path) -> None:
@@ -45,6 +45,6 @@ def _adapter_folder(staging: Path) -> Path:
     """The folder holding the adapter: the top of the archive, or the single folder in it."""
     candidates = [staging, *(path for path in staging.iterdir() if path.is_dir())]
     for folder in candidates:
-        if (folder / CONFIG).is_file():
+        if all((folder / name).is_file() for name in NEEDED):
             return folder
-    raise APIError(f"the archive the server sent holds no {CONFIG}")
+    raise APIError(f"the archive the server sent lacks {' or '.join(NEEDED)}")

@@ -2,51 +2,51 @@
 
 from __future__ import annotations
 
-from servetune.clients import calls
+from servetune.clients import admin
 from servetune.clients.drivers import Awaiting, Blocking, awaiting, awaiting_each, blocking, blocking_each
 
 
 class Adapters(Blocking):
     """Named lines of versions; `live` is the alias that answers."""
 
-    list = blocking(calls.list_adapters)
-    get = blocking(calls.get_adapter)
-    versions = blocking_each(calls.versions)
-    version = blocking(calls.get_version)
-    snapshot = blocking(calls.snapshot)
-    promote = blocking(calls.promote)
-    rollback = blocking(calls.rollback)
-    reset = blocking(calls.reset)
-    export = blocking(calls.export)
+    list = blocking(admin.list_adapters)
+    get = blocking(admin.get_adapter)
+    versions = blocking_each(admin.versions)
+    version = blocking(admin.get_version)
+    snapshot = blocking(admin.snapshot)
+    promote = blocking(admin.promote)
+    rollback = blocking(admin.rollback)
+    reset = blocking(admin.reset)
+    export = blocking(admin.export)
 
 
 class AsyncAdapters(Awaiting):
     """Named lines of versions; `live` is the alias that answers."""
 
-    list = awaiting(calls.list_adapters)
-    get = awaiting(calls.get_adapter)
-    versions = awaiting_each(calls.versions)
-    version = awaiting(calls.get_version)
-    snapshot = awaiting(calls.snapshot)
-    promote = awaiting(calls.promote)
-    rollback = awaiting(calls.rollback)
-    reset = awaiting(calls.reset)
-    export = awaiting(calls.export)
+    list = awaiting(admin.list_adapters)
+    get = awaiting(admin.get_adapter)
+    versions = awaiting_each(admin.versions)
+    version = awaiting(admin.get_version)
+    snapshot = awaiting(admin.snapshot)
+    promote = awaiting(admin.promote)
+    rollback = awaiting(admin.rollback)
+    reset = awaiting(admin.reset)
+    export = awaiting(admin.export)
 
 
 class Adaptation(Blocking):
     """Learning from the queries, and the record of who changed what."""
 
-    status = blocking(calls.status)
-    pause = blocking(calls.pause)
-    resume = blocking(calls.resume)
-    audit = blocking_each(calls.audit)
+    status = blocking(admin.status)
+    pause = blocking(admin.pause)
+    resume = blocking(admin.resume)
+    audit = blocking_each(admin.audit)
 
 
 class AsyncAdaptation(Awaiting):
     """Learning from the queries, and the record of who changed what."""
 
-    status = awaiting(calls.status)
-    pause = awaiting(calls.pause)
-    resume = awaiting(calls.resume)
-    audit = awaiting_each(calls.audit)
+    status = awaiting(admin.status)
+    pause = awaiting(admin.pause)
+    resume = awaiting(admin.resume)
+    audit = awaiting_each(admin.audit)

@@ -131,7 +131,7 @@ def shape_targets(source: Source) -> Tensor:
     facts = [questions.shape_facts(pairs) for pairs in source.easy_vqa.questions]
     shapes = {word: index for index, word in enumerate(questions.SHAPES)}
     colours = {word: index for index, word in enumerate(questions.SHAPE_COLOURS)}
-    return torch.tensor([[shapes.get(fact.shape, -100), colours.get(fact.colour, -100)] for fact in facts])
+    return torch.tensor([[shapes.get(fact.name, -100), colours.get(fact.colour, -100)] for fact in facts])
 
 
 def train_tower(tower: Idefics3VisionTransformer, source: Source, views: int) -> nn.Module:
@@ -218,11 +218,13 @@ class Teacher:
 
 def answer_loss(nano: Idefics3ForConditionalGeneration, features: Tensor, ids: Tensor, answer: Tensor) -> Tensor:
     """Summed loss of the answers' tokens, given the image features of each sequence, (N, tokens, width)."""
-    embeds = nano.get_input_embeddings()(ids)
-    embeds = nano.model.inputs_merger(ids, embeds, features.flatten(0, 1))
+    embeds = nano.get_input_embeddings()(ids).flatten(0, 1)
+    image = (ids.flatten() == nano.config.image_token_id).nonzero()[:, 0]
+    embeds = embeds.index_copy(0, image, features.flatten(0, 1)).view(*ids.shape, -1)
     hidden = nano.model.text_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-    targets = ids.roll(-1, dims=1)[answer]
-    return F.cross_entropy(nano.lm_head(hidden[answer]).float(), targets, reduction="sum")
+    places = answer.flatten().nonzero()[:, 0]
+    logits = nano.lm_head(hidden.flatten(0, 1).index_select(0, places))
+    return F.cross_entropy(logits.float(), ids.roll(-1, dims=1)[answer], reduction="sum")
 
 
 def train_model(
@@ -243,9 +245,10 @@ def train_model(
         sequences = [one for _ in range(asked) for one in teacher.encode(teacher.ask(batch))]
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]))
         total, count = torch.zeros((), device=features.device), 0
-        for chunk in np.array_split(order, 4 * asked):  # of similar length
+        for chunk in np.array_split(order, 4):  # of similar length
             ids, answer = teacher.pad([sequences[index] for index in chunk])
-            total = total + answer_loss(nano, features[torch.from_numpy(chunk % BATCH)], ids, answer)
+            rows = torch.from_numpy(chunk % BATCH).to(features.device)
+            total = total + answer_loss(nano, features.index_select(0, rows), ids, answer)
             count += int(answer.sum())
         (total / count).backward()
         optimiser.step()

@@ -32,10 +32,14 @@ from servetune.server.routes import ServicesDep, problems
 from servetune.server.service import Services
 
 T = TypeVar("T")
-AdminDep = Annotated[Principal, Depends(Require("admin"))]
-ADMIN = [Depends(Require("admin"))]
+ADMIN = Depends(Require("admin"))
 
-router = APIRouter(prefix="/v1", tags=["admin"], responses=problems(401, 403, 404, 409, 422, 500, 503))
+router = APIRouter(
+    prefix="/v1",
+    tags=["admin"],
+    dependencies=[ADMIN],
+    responses=problems(400, 401, 403, 404, 409, 413, 422, 500, 503),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ class Operator:
         await asyncio.to_thread(self.services.audit.append, event, self.name, self.request_id, details)
 
 
-async def _operator(request: Request, caller: AdminDep, services: ServicesDep) -> Operator:
+async def _operator(request: Request, caller: Annotated[Principal, ADMIN], services: ServicesDep) -> Operator:
     return Operator(caller.id, request.state.request_id, services)
 
 
@@ -84,25 +88,25 @@ Limit = Annotated[int, Query(ge=1, le=200)]
 # --- reading -----------------------------------------------------------------------------------------
 
 
-@router.get("/adapters", dependencies=ADMIN)
+@router.get("/adapters")
 async def list_adapters(services: ServicesDep) -> Page:
     """All adapters of this server: one."""
     return Page(data=[await _adapter_info(services)])
 
 
-@router.get("/adapters/{name}", dependencies=ADMIN)
+@router.get("/adapters/{name}")
 async def get_adapter(store: StoreDep, services: ServicesDep) -> AdapterInfo:
     """Its aliases, the version wanted live and the one this process serves."""
     return await _adapter_info(services)
 
 
-@router.get("/adapters/{name}/versions", dependencies=ADMIN)
+@router.get("/adapters/{name}/versions")
 async def list_versions(store: StoreDep, cursor: AdapterChoice | None = None, limit: Limit = 50) -> Page:
     """Its versions, newest first; `cursor` is the last version already seen."""
     return await asyncio.to_thread(_version_page, store, cursor, limit)
 
 
-@router.get("/adapters/{name}/versions/{version}", dependencies=ADMIN)
+@router.get("/adapters/{name}/versions/{version}")
 async def get_version(store: StoreDep, version: AdapterChoice) -> VersionInfo:
     """One version, by number or alias."""
     return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
@@ -126,13 +130,13 @@ async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep)
     return StreamingResponse(tar(), media_type="application/x-tar", headers=headers)
 
 
-@router.get("/adaptation", dependencies=ADMIN)
+@router.get("/adaptation")
 async def get_adaptation(services: ServicesDep) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
     return await _adaptation_status(services)
 
 
-@router.get("/audit", dependencies=ADMIN)
+@router.get("/audit")
 async def read_audit(
     services: ServicesDep, cursor: Annotated[int | None, Query(ge=0)] = None, limit: Limit = 50
 ) -> Page:

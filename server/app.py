@@ -13,12 +13,13 @@ from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
-from servetune import __version__
+import servetune
 from servetune.adapters.store import AdapterStore
 from servetune.clients.types import AnswerRequest, Problem
 from servetune.server import admin, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
+from servetune.server.bodies import MAX_IMAGES
 from servetune.server.buffer import QueryBuffer
 from servetune.server.engine import Engine
 from servetune.server.errors import as_service_error, problem
@@ -49,7 +50,7 @@ def create_app(
     answers = AnswerService(settings, engine, buffer, ImageReader(settings))
     app = FastAPI(
         title="servetune",
-        version=__version__,
+        version=servetune.__version__,
         description="Answers questions about images, and learns from the questions.",
         middleware=_middleware(settings, access),
         lifespan=_lifespan,
@@ -60,7 +61,7 @@ def create_app(
     app.include_router(routes.router)
     if access.has_admin_key:
         app.include_router(admin.router)
-    for path, scopes in declared_scopes(app).items():
+    for path, scopes in declared_scopes(app):
         if len(scopes) != 1:
             raise UndeclaredScope(f"{path} declares {sorted(scopes) or 'no scope'}")
     _describe(app)
@@ -92,12 +93,12 @@ async def _render(request: Request, error: Exception) -> Response:
     return problem(as_service_error(error), request.scope)
 
 
-def declared_scopes(app: FastAPI) -> dict[str, set[str]]:
-    """What each route declares, by path."""
-    found = {}
+def declared_scopes(app: FastAPI) -> list[tuple[str, set[str]]]:
+    """Every route's path, and what scopes it declares."""
+    found = []
     for route in iter_route_contexts(app.routes):
         dependant = getattr(route, "dependant", None)
-        found[str(route.path)] = _scopes(dependant) if dependant else set()
+        found.append((str(route.path), _scopes(dependant) if dependant else set()))
     return found
 
 
@@ -113,12 +114,21 @@ def _describe(app: FastAPI) -> None:
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
             components = generate().setdefault("components", {})
-            models, _ = models_json_schema(
+            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
+            _, models = models_json_schema(
                 [(AnswerRequest, "validation"), (Problem, "serialization")],
                 ref_template="#/components/schemas/{model}",
             )
-            schemas = {model.__name__: schema for (model, _), schema in models.items()}
-            components.setdefault("schemas", {}).update(schemas)
+            schemas = components.setdefault("schemas", {})
+            schemas |= models["$defs"]
+            schemas["AnswerForm"] = _form_schema(schemas["AnswerRequest"])
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _form_schema(request: dict[str, Any]) -> dict[str, Any]:
+    """AnswerRequest as a form: `image` is repeated, and a file."""
+    fields = {name: field for name, field in request["properties"].items() if name != "images"}
+    fields["image"] = {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": MAX_IMAGES}
+    return {"type": "object", "properties": fields, "required": ["image"], "additionalProperties": False}

@@ -34,14 +34,15 @@ class AuditLog:
     ) -> AuditEntry:
         """Write one act; it is on disk when this returns. Blocks (fsync): call it in a thread."""
         with self._locked() as file:
-            entry = AuditEntry(
-                timestamp=time.time(),
-                event=event,
-                actor=actor,
-                request_id=request_id,
-                details=details or {},
-                prev=_digest(_last_line(file)),
-            )
+            fields = {
+                "timestamp": time.time(),
+                "event": event,
+                "actor": actor,
+                "request_id": request_id,
+                "details": details or {},
+                "prev": _digest(_last_line(file)),
+            }
+            entry = AuditEntry.model_validate(fields)
             file.write(json.dumps(entry.model_dump()).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

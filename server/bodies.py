@@ -31,6 +31,8 @@ class Asked:
 async def parse_question(headers: Headers, body: bytes) -> Asked:
     """Read the body of `POST /answer`; the header `Servetune-Adapt: false` opts out as the field does.
 
+    Any value of that header but a yes is taken for a no.
+
     Raises:
         ServiceError: `unsupported_media_type`, `invalid_json`, `invalid_form` or `invalid_request`.
     """
@@ -42,7 +44,7 @@ async def parse_question(headers: Headers, body: bytes) -> Asked:
         case _:
             raise ServiceError("unsupported_media_type", "Send application/json or multipart/form-data.")
     _refuse_nul(asked.request)
-    if headers.get("servetune-adapt", "").strip().lower() in {"false", "0", "no"}:
+    if headers.get("servetune-adapt", "true").strip().lower() not in {"true", "1", "yes"}:
         return Asked(asked.request.model_copy(update={"adapt": False}), asked.images)
     return asked
 
@@ -57,8 +59,11 @@ def _from_json(body: bytes) -> Asked:
 
 async def _from_form(headers: Headers, body: bytes) -> Asked:
     form = await _read_form(headers, body)
-    images = [await _image(value) for value in form.getlist("image")]
-    fields = {name: _field(name, form) for name in form}
+    try:
+        images = [await _image(value) for value in form.getlist("image")]
+        fields = {name: _field(name, form) for name in form}
+    finally:
+        await form.close()
     if "image" in fields:
         fields["image" if len(images) == 1 else "images"] = fields.pop("image")
     try:

@@ -14,7 +14,7 @@
 --   dead         stream of what was given up, without content
 --
 -- Every entry leaves the stream through `remove`, which also counts it. So always:
--- acked = trained + no_signal + dead + expired + withdrawn + XLEN(queries).
+-- acked = trained + no_signal + rejected + dead + expired + withdrawn + XLEN(queries).
 
 local GROUP = 'workers'
 local SWEEP = 100 -- entries that one call expires at most, so that no call takes long
@@ -99,18 +99,33 @@ local function held(k, consumer, id)
   return lease and find(k, id) and lease[4]
 end
 
-local api = {}
+-- Whether `consumer` holds any lease that has not run out.
+local function works(k, consumer, lease_ms)
+  for _, lease in ipairs(redis.call('XPENDING', k.queries, GROUP, '-', '+', 1000, consumer)) do
+    if lease[3] < lease_ms then return true end
+  end
+  return false
+end
+
+-- Only storing more needs memory to spare: a full server must still be emptied.
+local function register(name, call)
+  redis.register_function {
+    function_name = 'servetune_' .. name,
+    callback = function(keys, args) return call(names(keys), unpack(args)) end,
+    flags = name == 'enqueue' and {} or { 'allow-oom' },
+  }
+end
 
 -- fingerprint, whether its owner decides -> the fingerprint that holds
-function api.setup(k, fingerprint, decides)
+register('setup', function(k, fingerprint, decides)
   local made = redis.pcall('XGROUP', 'CREATE', k.queries, GROUP, '0', 'MKSTREAM')
   if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
   if decides == '1' then redis.call('SET', k.key, fingerprint) end
   return redis.call('GET', k.key) or fingerprint
-end
+end)
 
 -- -> the reason to refuse it, or '' once it is stored
-function api.enqueue(k, query, digest, client, sealed, ttl_ms, max_entries, max_bytes, client_cap)
+register('enqueue', function(k, query, digest, client, sealed, ttl_ms, max_entries, max_bytes, client_cap)
   sweep(k, tonumber(ttl_ms))
   if redis.call('EXISTS', k.seen .. digest, k.blob .. query) > 0 then return 'duplicate' end
   local bytes = tonumber(redis.call('GET', k.bytes) or 0)
@@ -128,38 +143,38 @@ function api.enqueue(k, query, digest, client, sealed, ttl_ms, max_entries, max_
   redis.call('INCRBY', k.bytes, #sealed)
   redis.call('HINCRBY', k.ledger, 'acked', 1)
   return ''
-end
+end)
 
--- Deliver entries whose lease ran out. One on its last delivery comes alone, so that a query that kills its
--- worker takes no other with it to the dead.
-function api.claim(k, consumer, limit, lease_ms, max_deliveries, ttl_ms)
+-- Deliver entries whose lease ran out. One on its last delivery comes alone, to a consumer without other work,
+-- so that a query that kills its worker takes no other with it to the dead.
+register('claim', function(k, consumer, limit, lease_ms, max_deliveries, ttl_ms)
   sweep(k, tonumber(ttl_ms))
-  local last, rows = tonumber(max_deliveries), {}
+  local last, rows, busy = tonumber(max_deliveries), {}, works(k, consumer, tonumber(lease_ms))
   for _, lease in ipairs(redis.call('XPENDING', k.queries, GROUP, 'IDLE', lease_ms, '-', '+', limit)) do
     local id, next_delivery = lease[1], lease[4] + 1
     local entry = find(k, id)
     if entry and next_delivery > last then
       bury(k, entry, 'deliveries', tonumber(ttl_ms))
-    elseif next_delivery < last or #rows == 0 then
+    elseif next_delivery < last or (#rows == 0 and not busy) then
       redis.call('XCLAIM', k.queries, GROUP, consumer, lease_ms, id)
       rows[#rows + 1] = delivery(k, id, next_delivery)
       if next_delivery == last and #rows > 0 then return rows end
     end
   end
   return rows
-end
+end)
 
 -- Deliver entries just read for the first time.
-function api.open(k, ...)
+register('open', function(k, ...)
   local rows = {}
   for _, id in ipairs({ ... }) do
     rows[#rows + 1] = delivery(k, id, 1)
   end
   return rows
-end
+end)
 
 -- -> the ids whose lease `consumer` still holds, renewed
-function api.renew(k, consumer, ...)
+register('renew', function(k, consumer, ...)
   local kept = {}
   for _, id in ipairs({ ... }) do
     if held(k, consumer, id) then
@@ -168,21 +183,22 @@ function api.renew(k, consumer, ...)
     end
   end
   return kept
-end
+end)
 
--- End leases early. A delivery given back does not count.
-function api.release(k, consumer, lease_ms, ...)
+-- End leases early. A delivery given back counts only if it failed.
+register('release', function(k, consumer, lease_ms, failed, ...)
   for _, id in ipairs({ ... }) do
     local deliveries = held(k, consumer, id)
     if deliveries then
+      local counted = failed == '1' and deliveries or math.max(deliveries - 1, 0)
       redis.call('XCLAIM', k.queries, GROUP, consumer, 0, id,
-        'IDLE', lease_ms, 'RETRYCOUNT', math.max(deliveries - 1, 0), 'JUSTID')
+        'IDLE', lease_ms, 'RETRYCOUNT', counted, 'JUSTID')
     end
   end
-end
+end)
 
 -- -> how many were settled now; one settled before, withdrawn or expired is not counted again
-function api.settle(k, outcome, ...)
+register('settle', function(k, outcome, ...)
   local settled = 0
   for _, id in ipairs({ ... }) do
     local entry = find(k, id)
@@ -192,33 +208,33 @@ function api.settle(k, outcome, ...)
     end
   end
   return settled
-end
+end)
 
-function api.dead_letter(k, reason, ttl_ms, id)
+register('dead_letter', function(k, reason, ttl_ms, id)
   local entry = find(k, id)
   if entry then bury(k, entry, reason, tonumber(ttl_ms)) end
-end
+end)
 
 -- -> 1 if the query was still in the buffer, else 0
-function api.withdraw(k, query)
+register('withdraw', function(k, query)
   local id = redis.call('HGET', k.blob .. query, 'entry')
   local entry = id and find(k, id)
   if not entry then return 0 end
   remove(k, entry, 'withdrawn')
   return 1
-end
+end)
 
 -- -> how many were withdrawn, at most `limit`
-function api.purge(k, limit)
+register('purge', function(k, limit)
   local entries = redis.call('XRANGE', k.queries, '-', '+', 'COUNT', limit)
   for _, entry in ipairs(entries) do
     remove(k, find(k, entry[1]), 'withdrawn')
   end
   return #entries
-end
+end)
 
 -- -> waiting, pending, dead, bytes, {ledger}
-function api.status(k, ttl_ms)
+register('status', function(k, ttl_ms)
   sweep(k, tonumber(ttl_ms))
   local pending = redis.call('XPENDING', k.queries, GROUP)[1]
   return {
@@ -228,23 +244,14 @@ function api.status(k, ttl_ms)
     tonumber(redis.call('GET', k.bytes) or 0),
     redis.call('HGETALL', k.ledger),
   }
-end
+end)
 
 -- Forget this consumer and those that died, unless they hold work.
-function api.leave(k, consumer, idle_ms)
+register('leave', function(k, consumer, idle_ms)
   for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', k.queries, GROUP)) do
     local name, pending, idle = flat[2], flat[4], flat[6]
     if pending == 0 and (name == consumer or idle > tonumber(idle_ms)) then
       redis.call('XGROUP', 'DELCONSUMER', k.queries, GROUP, name)
     end
   end
-end
-
--- Only storing more needs memory to spare: a full server must still be emptied.
-for name, call in pairs(api) do
-  redis.register_function {
-    function_name = 'servetune_' .. name,
-    callback = function(keys, args) return call(names(keys), unpack(args)) end,
-    flags = name == 'enqueue' and {} or { 'allow-oom' },
-  }
-end
+end)

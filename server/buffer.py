@@ -4,19 +4,20 @@ Owns the Redis connections: `QueryBuffer` is the API's end, `QueryStream` the wo
 is in buffer.lua. Knows nothing about HTTP, engines or adapters.
 
 A stored query is delivered at least once. At any quiescent point, exactly:
-acked = trained + no_signal + dead + expired + withdrawn + waiting + pending.
+acked = trained + no_signal + rejected + dead + expired + withdrawn + waiting + pending.
 """
 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.resources import files
 from types import TracebackType
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import redis
 import redis.asyncio
@@ -32,7 +33,10 @@ from servetune.server.settings import Settings
 
 T = TypeVar("T")
 
-LEDGER = ("acked", "trained", "no_signal", "dead", "expired", "withdrawn", "unconfirmed")
+OUTCOMES = ("trained", "no_signal", "rejected")
+"""What a worker may settle a query as: in a published version, without signal, in a refused candidate."""
+
+LEDGER = ("acked", *OUTCOMES, "dead", "expired", "withdrawn", "unconfirmed")
 """`unconfirmed` counts stored queries whose caller had stopped waiting; they are part of `acked`."""
 
 CONNECTIONS = 16
@@ -59,7 +63,7 @@ class BufferUnavailable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """A query under lease. `deliveries` counts this one; at `max_deliveries` it comes alone."""
+    """A query under lease. `deliveries` counts this one."""
 
     entry_id: str
     query: Query
@@ -75,7 +79,7 @@ def _milliseconds(seconds: float) -> int:
 
 
 def _load_command() -> tuple[str, ...]:
-    return "FUNCTION LOAD", "REPLACE", files(__package__).joinpath("buffer.lua").read_text()
+    return "FUNCTION LOAD", "REPLACE", files("servetune.server").joinpath("buffer.lua").read_text()
 
 
 def _forgot_us(error: ResponseError) -> bool:
@@ -174,9 +178,7 @@ class QueryBuffer:
             return BufferStatus(connected=False)
         counts = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
         ledger = {name: counts.get(name, 0) for name in LEDGER}
-        return BufferStatus(
-            connected=True, waiting=waiting, pending=pending, dead=dead, bytes=size, ledger=ledger
-        )
+        return BufferStatus(connected=True, waiting=waiting, pending=pending, dead=dead, bytes=size, ledger=ledger)
 
     async def read_worker(self) -> WorkerStatus:
         """The worker's last heartbeat. Never raises."""
@@ -219,9 +221,7 @@ class QueryBuffer:
             await self._command("HINCRBY", _key(self._settings, "ledger"), "unconfirmed", 1)
 
     async def _call(self, function: str, *args: str | int) -> Any:
-        return await self._shielded(
-            self._command("FCALL", f"servetune_{function}", 1, self._queries, *args)
-        )
+        return await self._shielded(self._command("FCALL", f"servetune_{function}", 1, self._queries, *args))
 
     async def _shielded(self, work: Coroutine[Any, Any, T]) -> T:
         return await asyncio.shield(self._start(work))
@@ -271,7 +271,10 @@ class QueryStream:
 
     @classmethod
     def connect(cls, settings: Settings, redis_url: str, consumer: str) -> QueryStream:
-        """A stream on the Redis at `redis_url`, which need not be up. `consumer` names this process alone."""
+        """A stream on the Redis at `redis_url`, which need not be up. ValueError: bad URL or bad key.
+
+        `consumer` is for people; leases are held under a name that no other stream has.
+        """
         pool = redis.BlockingConnectionPool.from_url(
             redis_url,
             max_connections=CONNECTIONS,
@@ -279,10 +282,15 @@ class QueryStream:
             socket_connect_timeout=ANSWER_S,
             retry=Retry(NoBackoff(), 0),
         )
-        return cls(settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), consumer)
+        return cls(
+            settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), f"{consumer}:{secrets.token_hex(4)}"
+        )
 
     def take(self, limit: int, block_s: float) -> list[Delivery]:
         """Up to `limit` queries: those whose lease ran out, else new ones.
+
+        A query is given up after `max_deliveries`. On its last it comes alone and only to a worker that
+        holds nothing else, so that one that kills its worker takes no other with it.
 
         Waits for the first up to `block_s`, but never longer than half of WORKER_ANSWER_S.
         """
@@ -300,14 +308,16 @@ class QueryStream:
         kept = {entry_id.decode() for entry_id in self._call("renew", self._consumer, *ids)}
         return [delivery for delivery in deliveries if delivery.entry_id in kept]
 
-    def settle(self, deliveries: Sequence[Delivery], outcome: Literal["trained", "no_signal"]) -> int:
-        """Erase queries that are done with. Each counts once, however often; returns how many did now."""
+    def settle(self, deliveries: Sequence[Delivery], outcome: str) -> int:
+        """Erase queries that are done with, as one of OUTCOMES; each counts once. Returns how many did now."""
+        if outcome not in OUTCOMES:
+            raise ValueError(f"outcome must be one of {OUTCOMES}, not {outcome!r}")
         return int(self._call("settle", outcome, *(delivery.entry_id for delivery in deliveries)))
 
-    def release(self, deliveries: Sequence[Delivery]) -> None:
-        """Give undone work back: anyone may take it at once, and this delivery does not count."""
+    def release(self, deliveries: Sequence[Delivery], *, failed: bool = False) -> None:
+        """Give undone work back: anyone may take it at once. Only a failed delivery counts as one."""
         ids = (delivery.entry_id for delivery in deliveries)
-        self._call("release", self._consumer, self._lease_ms, *ids)
+        self._call("release", self._consumer, self._lease_ms, int(failed), *ids)
 
     def report(self, status: WorkerStatus) -> None:
         """Leave a heartbeat; without another within `lease_s` the worker is absent."""
@@ -327,7 +337,7 @@ class QueryStream:
         block_ms = max(1, _milliseconds(min(block_s, WORKER_ANSWER_S / 2)))  # 0 would mean forever
         group = ("XREADGROUP", "GROUP", "workers", self._consumer, "COUNT", limit, "BLOCK", block_ms)
         streams = self._command(*group, "STREAMS", self._queries, ">")
-        ids = [entry_id for entry_id, _ in _entries(streams)]
+        ids = [entry_id for _, entries in streams or () for entry_id, _ in entries]
         return list(self._call("open", *ids)) if ids else []
 
     def _open(self, entry_id: bytes, query_id: bytes, sealed: bytes, deliveries: int) -> Delivery | None:
@@ -368,14 +378,3 @@ def _unavailable() -> Iterator[None]:
         yield
     except (RedisError, OSError) as error:
         raise BufferUnavailable(type(error).__name__) from error
-
-
-def _entries(streams: Any) -> list[Any]:
-    """The entries in a reply to XREADGROUP about one stream, whichever protocol it came by."""
-    if not streams:
-        return []
-    if isinstance(streams, dict):
-        (batches,) = streams.values()
-        return [entry for batch in batches for entry in batch]
-    ((_, entries),) = streams
-    return list(entries)

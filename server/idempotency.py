@@ -39,7 +39,8 @@ class Reply:
 
     @property
     def succeeded(self) -> bool:
-        return 200 <= self.start.get("status", 0) < 300
+        status: int = self.start.get("status", 0)
+        return 200 <= status < 300
 
     async def send_again(self, send: Send) -> None:
         replayed = (b"idempotency-replayed", b"true")

@@ -103,11 +103,12 @@ class ImageReader:
 
 def _text(source: bytes | ImageInput) -> bytes | str:
     match source:
-        case ImageUrl():
-            # Anything but an address or data URI would be taken for base64.
-            return source.url if _is_address(source.url) or source.url[:5].lower() == "data:" else "invalid:"
-        case ImageData():
-            return source.data
+        case ImageUrl(url=url):
+            if not _is_address(url) and url[:5].lower() != "data:":
+                raise ServiceError("image_url_refused", "An address begins with https:// or data:.", param="image")
+            return url
+        case ImageData(data=data):
+            return data
         case _:
             return source
 
@@ -141,19 +142,24 @@ def _too_large(limits: Limits) -> ServiceError:
 def _to_rgb(image: Image.Image, longest_side: int) -> Image.Image:
     image.draft(image.mode, (longest_side, longest_side))  # JPEG: decode at half, quarter or eighth size
     image.seek(0)
-    upright = ImageOps.exif_transpose(image)
-    rgb = _flatten(upright)
-    rgb.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    ImageOps.exif_transpose(image, in_place=True)
+    colours = _to_colours(image)
+    # Reduced before it is copied any further: what is copied then is small.
+    colours.thumbnail((longest_side, longest_side), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    rgb = _on_white(colours) if colours.mode == "RGBA" else colours.convert("RGB")
     rgb.info = {}  # EXIF, ICC profile and comments end here
     return rgb
 
 
-def _flatten(image: Image.Image) -> Image.Image:
+def _to_colours(image: Image.Image) -> Image.Image:
+    """The image as RGB or RGBA, itself where it is that already."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which convert() would clip at 255
         return image.convert("I").point(lambda value: value * (1 / 256)).convert("L").convert("RGB")
-    if not image.has_transparency_data:
-        return image.convert("RGB")
-    coloured = image.convert("RGBA")
+    wanted = "RGBA" if image.has_transparency_data else "RGB"
+    return image if image.mode == wanted else image.convert(wanted)
+
+
+def _on_white(image: Image.Image) -> Image.Image:
     canvas = Image.new("RGB", image.size, "white")
-    canvas.paste(coloured, mask=coloured.getchannel("A"))
+    canvas.paste(image, mask=image.getchannel("A"))
     return canvas

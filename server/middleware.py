@@ -54,12 +54,10 @@ class Boundary:
         try:
             await self.app(scope, receive, send_and_note)
         except Exception as error:
-            known = as_service_error(error)
-            if known.code == "internal_error":
-                log.error("internal_error", request_id=request_id, **_where(error))
+            _log_unforeseen(error, request_id)
             if seen["status"] is not None:
                 raise  # too late for a problem: the server cuts the connection
-            await problem(known, scope)(scope, receive, send_and_note)
+            await problem(as_service_error(error), scope)(scope, receive, send_and_note)
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             duration = round(time.perf_counter() - started, 4)
@@ -135,7 +133,7 @@ class BodyCap:
 
 def replaying(body: bytes, receive: Receive) -> Receive:
     """A `receive` that gives a body already read, then whatever comes (the disconnect)."""
-    messages = [Message(type="http.request", body=body, more_body=False)]
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def receive_again() -> Message:
         return messages.pop() if messages else await receive()
@@ -154,7 +152,9 @@ def _hostname(address: str) -> str | None:
         return None
 
 
-def _where(error: Exception) -> dict[str, object]:
-    """Type and call sites of an error, without its message, which may quote the request."""
-    frames = traceback.extract_tb(error.__traceback__)[-8:]
-    return {"error": type(error).__name__, "at": [f"{f.filename}:{f.lineno} {f.name}" for f in frames]}
+def _log_unforeseen(error: Exception, request_id: str) -> None:
+    """Type and call sites of an internal error, without its message, which may quote the request."""
+    if as_service_error(error).code == "internal_error":
+        frames = traceback.extract_tb(error.__traceback__)[-8:]
+        at = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in frames]
+        log.error("internal_error", request_id=request_id, error=type(error).__name__, at=at)

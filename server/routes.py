@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
-from servetune import __version__
+import servetune
 from servetune.adapters.store import version_name
 from servetune.clients.types import Answer, Info
 from servetune.server.access import Principal, Require
@@ -24,14 +24,9 @@ LIVE_TIMEOUT_S = 10.0
 BUFFER_STATUS_TIMEOUT_S = 1.0
 
 
-def services(request: Request) -> Services:
-    """The objects that `create_app` was given."""
+async def _services(request: Request) -> Services:  # async: a plain function would be run in a thread
     found: Services = request.app.state.services
     return found
-
-
-async def _services(request: Request) -> Services:  # async: a plain function would be run in a thread
-    return services(request)
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
@@ -142,7 +137,7 @@ async def info(services: ServicesDep) -> Info:
     """What is running, and what it accepts."""
     engine, settings = services.engine, services.settings
     return Info(
-        version=__version__,
+        version=servetune.__version__,
         model=engine.model_name,
         base_digest=engine.base_digest,
         adapter=services.store.name,
@@ -164,7 +159,7 @@ async def info(services: ServicesDep) -> Info:
 @router.get("/version", responses=problems(401), dependencies=USER)
 async def version() -> dict[str, str]:
     """The version of servetune."""
-    return {"version": __version__}
+    return {"version": servetune.__version__}
 
 
 @router.get("/openapi.json", include_in_schema=False, dependencies=USER)

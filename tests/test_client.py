@@ -13,6 +13,7 @@ import tarfile
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx2
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 from PIL import Image
 
 from servetune import clients
-from servetune.clients import AsyncClient, Client, errors, images
+from servetune.clients import AsyncClient, Client, drivers, errors, images
 from servetune.clients.resources import Adaptation, Adapters, AsyncAdaptation, AsyncAdapters
 from servetune.clients.session import retry_delay
 
@@ -114,8 +115,9 @@ def pauses(monkeypatch):
     async def pause(seconds):
         taken.append(seconds)
 
-    monkeypatch.setattr("servetune.clients.drivers.time.sleep", taken.append)
-    monkeypatch.setattr("servetune.clients.drivers.asyncio.sleep", pause)
+    # What the drivers see, not the modules themselves: the app under test goes on sleeping.
+    monkeypatch.setattr(drivers, "time", SimpleNamespace(sleep=taken.append))
+    monkeypatch.setattr(drivers, "asyncio", SimpleNamespace(sleep=pause, to_thread=asyncio.to_thread))
     return taken
 
 
@@ -421,7 +423,7 @@ def test_a_key_no_header_can_carry_is_refused_without_quoting_it(key):
 
 
 @pytest.mark.parametrize(
-    "url", ["box:8000", "ftp://box", "http://me:pw@box", "http://", "http://box?x=1", "http://["]
+    "url", ["box:8000", "ftp://box", "http://me:pw@box", "http://", "http://box?x=1", "http://box:port"]
 )
 def test_an_address_that_cannot_be_used_is_refused(url):
     with pytest.raises(ValueError, match="base_url"):
@@ -587,9 +589,10 @@ def test_an_export_becomes_a_peft_directory(ask, tmp_path, files):
         tar(**FILES, **{"v0002/link": "../../escaped"}),
         tar(**{"v0002/other.txt": b"x"}),
         tar(**FILES)[:700],
+        tar(**FILES)[:1024],
         b"not a tar",
     ],
-    ids=["traversal", "absolute link", "outward link", "no adapter", "cut short", "no tar"],
+    ids=["traversal", "absolute link", "outward link", "no adapter", "cut short", "cut between files", "no tar"],
 )
 def test_a_bad_archive_leaves_nothing_behind(ask, tmp_path, content):
     home = tmp_path / "home"
@@ -682,3 +685,63 @@ def test_importing_the_sdk_pulls_in_nothing_heavy():
         check=True,
     )
     assert {"httpx2", "pydantic"}.isdisjoint(light.stdout.split())
+
+
+# --- the server itself -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server_client(tmp_path):
+    """The real app on fakes, and a client with both keys."""
+    from tests import fakes
+
+    world = fakes.World(tmp_path / "home", user_keys=(fakes.USER_KEY,))
+    return AsyncClient(
+        "http://localhost",
+        api_key=fakes.USER_KEY,
+        admin_key=fakes.ADMIN_KEY,
+        max_retries=0,
+        transport=httpx2.ASGITransport(world.app),
+    )
+
+
+async def test_questions_to_the_real_app(server_client):
+    async with server_client as client:
+        assert await client.ready()
+        assert (await client.answer(picture(), "what?")).answer == "a thing"
+        chosen = await client.recognize(picture(3000), ["cat", "dog"], adapter="v0001", metadata={"k": "v"})
+        assert (chosen.answer, chosen.adapter.version, chosen.task) == ("cat", "v0001", "recognition")
+        once = await client.answer(png(), "again?", idempotency_key="same")
+        assert (await client.answer(png(), "again?", idempotency_key="same")).id == once.id
+        with pytest.raises(clients.UnprocessableEntityError) as caught:
+            await client.answer(picture(), "what?", n=4)
+        assert caught.value.code == "invalid_request"
+        assert caught.value.request_id
+        with pytest.raises(clients.AdapterNotFoundError):
+            await client.answer(picture(), "what?", adapter="v0099")
+
+
+async def test_the_whole_life_of_an_adapter_in_the_real_app(server_client, tmp_path):
+    async with server_client as client:
+        line = client.adapters
+        assert [each.name for each in await line.list()] == ["default"]
+        assert (await line.snapshot("keep-1", {"by": "me"})).label == "keep-1"
+        assert (await client.answer(picture(), "what?", adapter="keep-1")).adapter.alias == "keep-1"
+        assert (await line.promote(1)).live == "v0001"
+        assert await client.wait_for_version(1) == "v0001"
+        assert (await line.rollback("keep-1")).live == (await line.version("keep-1")).version
+        made = await line.reset(purge_buffer=True)
+        assert (made.origin, (await line.get()).live) == ("reset", made.version)
+        found = [each.version async for each in line.versions(page_size=2)]
+        assert sorted(found) == sorted(set(found))
+        assert len(found) == (await line.get()).num_versions
+        folder = await line.export(2, tmp_path / "out")
+        assert (folder / "adapter_model.safetensors").stat().st_size > 0
+        assert (await client.adaptation.pause()).paused
+        assert not (await client.adaptation.resume()).paused
+        events = [entry.event async for entry in client.adaptation.audit(page_size=3)]
+        assert len(events) >= 7
+        with pytest.raises(clients.PermissionDeniedError):
+            await client.with_options(
+                admin_key="stu_somebody.fedcba9876543210fedcba9876543210"
+            ).adaptation.status()

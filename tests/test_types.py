@@ -54,8 +54,10 @@ def test_a_contradiction_is_refused_with_its_reason(fields, reason):
 
 
 def test_whatever_a_snapshot_may_be_called_can_be_asked_for():
-    label = SnapshotRequest(label="Before-Upgrade_1.0").label
+    label = SnapshotRequest(label="before-upgrade_1.0").label
     assert AnswerRequest(image="data:,", question="q", adapter=label).adapter == label
+    with pytest.raises(ValidationError, match="should match pattern"):
+        SnapshotRequest(label="Before")
 
 
 def test_an_older_server_need_not_say_what_it_serves():

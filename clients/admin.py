@@ -1,0 +1,162 @@
+"""What the methods of `client.adapters` and `client.adaptation` do, written once; all with the admin key."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import quote
+
+from pydantic import BaseModel
+
+from servetune.clients.exports import check_free, unpack
+from servetune.clients.replies import nothing, reads, reads_rows
+from servetune.clients.session import Call, Rows, Session, Steps, Work
+from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, VersionInfo
+
+M = TypeVar("M", bound=BaseModel)
+
+
+# --- adapters ----------------------------------------------------------------------------------------
+
+
+def list_adapters(session: Session) -> Steps[list[AdapterInfo]]:
+    """All adapters of the server. Raises APIError."""
+    found: list[AdapterInfo] = []
+    cursor: str | None = None
+    while True:
+        page = yield from session.send(_listing("/v1/adapters", AdapterInfo, cursor))
+        found += page.items
+        cursor = page.next_cursor
+        if cursor is None:
+            return found
+
+
+def get_adapter(session: Session, name: str = "default") -> Steps[AdapterInfo]:
+    """An adapter: its aliases, what it wants to serve and what it serves. Raises APIError."""
+    return session.send(Call("GET", _route(name), reads(AdapterInfo), admin=True))
+
+
+def versions(
+    session: Session, cursor: str | None, name: str = "default", *, page_size: int | None = None
+) -> Steps[Rows[VersionInfo]]:
+    """Iterate over all versions of an adapter, fetching pages as they are needed. Raises APIError."""
+    return session.send(_listing(_route(name, "versions"), VersionInfo, cursor, page_size))
+
+
+def get_version(session: Session, version: str | int, name: str = "default") -> Steps[VersionInfo]:
+    """A version by number or name: 7 or "v0007". Raises AdapterNotFoundError, APIError."""
+    path = _route(name, "versions", version_name(version))
+    return session.send(Call("GET", path, reads(VersionInfo), admin=True))
+
+
+def snapshot(
+    session: Session,
+    label: str,
+    metadata: Mapping[str, str] | None = None,
+    name: str = "default",
+    *,
+    idempotency_key: str | None = None,
+) -> Steps[VersionInfo]:
+    """Keep what is live as a version of its own, under the alias `label`. Raises APIError."""
+    body = {"label": label, "metadata": dict(metadata or {})}
+    return session.send(_post(_route(name, "snapshot"), VersionInfo, body, idempotency_key))
+
+
+def promote(
+    session: Session, version: str | int, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[AdapterInfo]:
+    """Make an existing version (7, "v0007" or an alias) live. Raises AdapterNotFoundError, APIError."""
+    body = {"version": version_name(version)}
+    return session.send(_post(_route(name, "promote"), AdapterInfo, body, idempotency_key))
+
+
+def rollback(
+    session: Session,
+    to: str | int | None = None,
+    name: str = "default",
+    *,
+    idempotency_key: str | None = None,
+) -> Steps[AdapterInfo]:
+    """Move live back to `to`, by default to the last good version. Raises APIError."""
+    body = {"to": None if to is None else version_name(to)}
+    return session.send(_post(_route(name, "rollback"), AdapterInfo, body, idempotency_key))
+
+
+def reset(
+    session: Session,
+    to: str | int = "base",
+    purge_buffer: bool = False,
+    name: str = "default",
+    *,
+    idempotency_key: str | None = None,
+) -> Steps[VersionInfo]:
+    """Publish the weights of `to` as a new version, made live; `base` unlearns everything.
+
+    purge_buffer: also delete the queries that wait to be learned from. Raises APIError.
+    """
+    body = {"to": version_name(to), "purge_buffer": purge_buffer}
+    return session.send(_post(_route(name, "reset"), VersionInfo, body, idempotency_key))
+
+
+def export(
+    session: Session, version: str | int, path: str | os.PathLike[str], name: str = "default"
+) -> Steps[Path]:
+    """Download a version as a directory that PEFT and vLLM load; gives the path back.
+
+    Raises FileExistsError where `path` is neither missing nor an empty folder, and APIError.
+    """
+    target = Path(path)
+    check_free(target)
+    with tempfile.TemporaryFile() as archive:
+        route = _route(name, "versions", version_name(version), "export")
+        yield from session.send(Call("GET", route, nothing, admin=True, sink=archive))
+        yield Work(partial(unpack, archive, target))
+    return target
+
+
+# --- adaptation --------------------------------------------------------------------------------------
+
+
+def status(session: Session) -> Steps[AdaptationStatus]:
+    """Is it learning, from what, and how far is serving behind? Raises APIError."""
+    return session.send(Call("GET", "/v1/adaptation", reads(AdaptationStatus), admin=True))
+
+
+def pause(session: Session, *, idempotency_key: str | None = None) -> Steps[AdaptationStatus]:
+    """Stop learning; answering goes on. Raises APIError."""
+    return session.send(_post("/v1/adaptation/pause", AdaptationStatus, {}, idempotency_key))
+
+
+def resume(session: Session, *, idempotency_key: str | None = None) -> Steps[AdaptationStatus]:
+    """Learn again. Raises APIError."""
+    return session.send(_post("/v1/adaptation/resume", AdaptationStatus, {}, idempotency_key))
+
+
+def audit(session: Session, cursor: str | None, *, page_size: int | None = None) -> Steps[Rows[AuditEntry]]:
+    """Iterate over all administrative acts, fetching pages as they are needed. Raises APIError."""
+    return session.send(_listing("/v1/audit", AuditEntry, cursor, page_size))
+
+
+# --- parts -------------------------------------------------------------------------------------------
+
+
+def version_name(version: str | int) -> str:
+    """7 -> "v0007"; a str is a name already."""
+    return f"v{version:04d}" if isinstance(version, int) else version
+
+
+def _post(path: str, model: type[M], body: Mapping[str, Any], idempotency_key: str | None) -> Call[M]:
+    return Call("POST", path, reads(model), body=lambda: body, admin=True, idempotency_key=idempotency_key)
+
+
+def _listing(path: str, model: type[M], cursor: str | None, limit: int | None = None) -> Call[Rows[M]]:
+    query = {"cursor": cursor, "limit": limit}
+    return Call("GET", path, reads_rows(model), query=query, admin=True)
+
+
+def _route(name: str, *rest: str) -> str:
+    return "/".join(["/v1/adapters", *(quote(part, safe="") for part in (name, *rest))])

@@ -1,0 +1,220 @@
+"""Small real objects that stand in for the engine and the buffer, and an app made of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import httpx2
+import torch
+from fastapi import FastAPI
+from PIL import Image
+
+from servetune.adapters.store import AdapterStore, Draft, Manifest, version_name
+from servetune.adapters.types import Query, Sampling
+from servetune.clients.types import BufferStatus, WorkerStatus
+from servetune.server.access import Access
+from servetune.server.app import create_app
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import BufferUnavailable, QueryBuffer, Skipped
+from servetune.server.engine import Engine, Outcome
+from servetune.server.settings import Settings
+
+ADMIN_KEY = "sta_operator.0123456789abcdef0123456789abcdef"
+USER_KEY = "stu_somebody.fedcba9876543210fedcba9876543210"
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
+USER = {"Authorization": f"Bearer {USER_KEY}"}
+
+
+class FakeEngine:
+    """Answers the first label, or "a thing"; `hold` keeps answers back until it is set."""
+
+    model_name, base_digest, device, dtype = "fake", "sha256:base", "cpu", "float32"
+    recognition_question = "which one is it?"
+
+    def __init__(self, store: AdapterStore) -> None:
+        self.store = store
+        self.serving = store.live().version
+        self.is_ready = True
+        self.text: str | None = "a thing"
+        self.error: BaseException | None = None
+        self.hold: asyncio.Event | None = None
+        self.asked: list[tuple[Query, Sampling, str]] = []
+        self.cancelled = 0
+        self.life: list[str] = []
+
+    async def start(self) -> None:
+        self.life.append("started")
+
+    async def stop(self) -> None:
+        self.life.append("stopped")
+
+    def ready(self) -> bool:
+        return self.is_ready
+
+    async def ping(self) -> None:
+        if self.error:
+            raise self.error
+
+    async def refresh(self) -> int:
+        self.serving = self.store.live().version
+        return self.serving
+
+    def residency(self) -> tuple[list[int], dict[int, int]]:
+        return sorted({0, self.serving}), {self.serving: 1}
+
+    async def answer(self, query: Query, sampling: Sampling, choice: str) -> Outcome:
+        self.asked.append((query, sampling, choice))
+        if self.error:
+            raise self.error
+        try:
+            if self.hold:
+                await self.hold.wait()
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        version = self.serving if choice == "live" else self.store.resolve(choice)
+        text = query.labels[0] if query.labels else self.text
+        return Outcome(
+            text=text,
+            confidence=None if text is None else 0.75,
+            candidates=[(label, 1 / len(query.labels)) for label in query.labels[: sampling.top_k]],
+            finish_reason="unparsed" if text is None else "stop",
+            label_mass=None,
+            argmax_is_label=None,
+            votes=None,
+            entropy=None,
+            input_tokens=9,
+            output_tokens=2,
+            version=version,
+            alias=None if choice == version_name(version) else choice,
+            digest=self.store.manifest(version).digest,
+            queue_s=0.0,
+            inference_s=0.01,
+        )
+
+
+class FakeBuffer:
+    """Keeps queries in a dict; `refusal` skips, `down` breaks, `delay_s` makes it slow."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, tuple[Query, str]] = {}
+        self.puts = 0
+        self.refusal: str | None = None
+        self.down = False
+        self.broken = False
+        self.delay_s = 0.0
+        self.unconfirmed = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def put(self, query: Query, client: str) -> None:
+        self.puts += 1
+        task = asyncio.create_task(self._store(query, client))
+        self._tasks.add(task)
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            self.unconfirmed += 1
+            raise
+
+    async def _store(self, query: Query, client: str) -> None:
+        if self.broken:
+            raise RuntimeError("a defect of the buffer")
+        await asyncio.sleep(self.delay_s)
+        if self.refusal:
+            raise Skipped(self.refusal)
+        self.kept[query.id] = (query, client)
+
+    async def withdraw(self, query_id: str) -> bool:
+        if self.down:
+            raise BufferUnavailable
+        return self.kept.pop(query_id, None) is not None
+
+    async def purge(self) -> int:
+        if self.down:
+            raise BufferUnavailable
+        count = len(self.kept)
+        self.kept.clear()
+        return count
+
+    async def status(self) -> BufferStatus:
+        return BufferStatus(connected=not self.down, waiting=len(self.kept))
+
+    async def read_worker(self) -> WorkerStatus:
+        return WorkerStatus(state="absent")
+
+    async def close(self) -> None:
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+def make_store(root: Path) -> AdapterStore:
+    """A store with the base and two learned versions, v0002 live."""
+    store = AdapterStore(root)
+    zero = {"layer.lora_A.weight": torch.zeros(2, 2)}
+    store.initialise(zero, {"r": 2, "target_modules": "all"}, "sha256:base", (0.0,))
+    for number in (1, 2):
+        made = learn(store, float(number))
+        store.promote(made.version)
+    return store
+
+
+def learn(store: AdapterStore, value: float) -> Manifest:
+    """Publish a version as a worker would."""
+    weights = {"layer.lora_A.weight": torch.full((2, 2), value)}
+    parent = store.live().version
+    return store.publish(Draft(weights=weights, origin="worker", parent=parent, probe=(0.0,), query_ids=("q_1",)))
+
+
+class World:
+    """An app on fakes, and what it is made of."""
+
+    def __init__(self, home: Path, *, user_keys: tuple[str, ...] = (), admin: bool = True, **chosen: Any) -> None:
+        self.settings = Settings(home=home, **chosen)
+        self.store = make_store(home / "store")
+        self.engine = FakeEngine(self.store)
+        self.buffer = FakeBuffer()
+        self.audit = AuditLog(home / "audit.jsonl")
+        self.access = Access(user_keys, ADMIN_KEY if admin else None)
+        self.app: FastAPI = create_app(
+            self.settings,
+            cast(Engine, self.engine),
+            self.store,
+            cast(QueryBuffer, self.buffer),
+            self.access,
+            self.audit,
+        )
+        transport = httpx2.ASGITransport(app=self.app)
+        self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
+
+    async def ask(self, **fields: Any) -> httpx2.Response:
+        """Ask in JSON about a small picture, unless told otherwise."""
+        body = {"image": base64_png(), "question": "what is it?", **fields}
+        return await self.client.post("/v1/answer", json={k: v for k, v in body.items() if v is not None})
+
+
+def png(image: Image.Image | None = None) -> bytes:
+    """The bytes of a PNG, by default of a small red picture."""
+    return encoded(image or Image.new("RGB", (4, 3), "red"), "PNG")
+
+
+def encoded(image: Image.Image, format: str, **options: Any) -> bytes:
+    """An image as a file."""
+    file = io.BytesIO()
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def base64_png() -> str:
+    """The small red picture as a data URI."""
+    return "data:image/png;base64," + base64.b64encode(png()).decode()
+
+
+async def until(condition: Callable[[], bool], timeout_s: float = 2.0) -> None:
+    """Wait for something that happens in the background."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.005)

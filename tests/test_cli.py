@@ -1,0 +1,328 @@
+"""The command line: what it prints, where, and with which exit code."""
+
+import base64
+import functools
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import types
+
+import httpx2
+import pytest
+from pydantic import BaseModel, Field
+from typer.testing import CliRunner
+
+from servetune import Client, __version__, cli, connect
+
+PIXEL = (  # a PNG of one pixel
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
+ANSWER = {
+    "id": "ans_1",
+    "created": 1,
+    "model": "nano",
+    "adapter": {"name": "default", "version": "v0007", "digest": "sha256:0"},
+    "task": "recognition",
+    "answer": "[red]cat\x1b[2J",
+    "confidence": 0.812,
+    "confidence_source": "label_probability",
+    "candidates": [{"label": "cat", "score": 0.812}, {"label": "dog", "score": 0.188}],
+    "finish_reason": "stop",
+    "diagnostics": {},
+    "adaptation": {"status": "skipped", "reason": "adapt_false"},
+    "usage": {"input_tokens": 9, "output_tokens": 1},
+    "timings": {"queue_s": 0.0, "inference_s": 0.1},
+}
+VERSION = {
+    "version": "v0001",
+    "created": 1.0,
+    "origin": "worker",
+    "digest": "d",
+    "base_digest": "b",
+    "rank": 8,
+    "target_modules": ["q_proj"],
+    "metrics": {"kl": 0.01234567},
+}
+ADAPTER = {
+    "name": "default",
+    "aliases": {"live": "v0001"},
+    "live": "v0001",
+    "serving": "v0001",
+    "generation": 1,
+    "num_versions": 2,
+    "resident": [],
+    "leases": {},
+}
+STATUS = {
+    "adapter": "default",
+    "paused": True,
+    "live": "v0002",
+    "serving": "v0001",
+    "lag_versions": 1,
+    "buffer": {"connected": True, "waiting": 3},
+    "worker": {"state": "paused"},
+}
+AUDIT = [{"timestamp": 1.0, "event": f"event_{i}", "actor": "admin"} for i in range(3)]
+
+
+def exported():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            archive.addfile(tarfile.TarInfo(f"v0001/{name}"))
+    return buffer.getvalue()
+
+
+def reply(request):
+    """A server in which every admin route works, and `missing` is no adapter."""
+    path = request.url.path
+    if "/missing" in path:
+        body = {"type": "t", "title": "t", "status": 404, "detail": "no such adapter", "request_id": "req_1"}
+        return httpx2.Response(404, json={**body, "code": "adapter_not_found"})
+    if path.endswith("/export"):
+        return httpx2.Response(200, content=exported())
+    bodies = {
+        "/v1/answer": ANSWER,
+        "/v1/adapters": {"data": [ADAPTER]},
+        "/v1/audit": {"data": AUDIT},
+        "versions": {"data": [VERSION]},
+        "snapshot": VERSION,
+        "reset": VERSION,
+    }
+    body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
+    return httpx2.Response(200, json=body or (STATUS if "adaptation" in path else ADAPTER))
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch, tmp_path):
+    """A machine without settings, whose home is a temporary folder."""
+    for name in ("SERVETUNE_BASE_URL", "SERVETUNE_API_KEY", "SERVETUNE_ADMIN_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SERVETUNE_HOME", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    return tmp_path
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """The fake server, with the requests it got."""
+    requests = []
+
+    def handle(request):
+        requests.append(request)
+        return reply(request)
+
+    transport = httpx2.MockTransport(handle)
+    monkeypatch.setattr(connect, "Client", functools.partial(Client, transport=transport))
+    return requests
+
+
+def run(*arguments, **options):
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments], **options)
+
+
+@pytest.fixture
+def image(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(base64.b64decode(PIXEL))
+    return path
+
+
+COMMANDS = [
+    "adapters list",
+    "adapters show",
+    "adapters versions",
+    "adapters snapshot keep -m by=me",
+    "adapters promote v0001",
+    "adapters rollback",
+    "adapters reset --to base --purge-buffer",
+    "adapters export v0001 {home}/out",
+    "status",
+    "pause",
+    "resume",
+    "audit",
+    "answer https://example.org/a.png what?",
+    "recognize https://example.org/a.png -l cat -l dog",
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_gives_one_json_document_or_something_to_read(server, home, line):
+    result = run(*line.format(home=home).split(), "-o", "json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)
+    assert result.stderr == ""
+    read = run(*line.format(home=home / "again").split())
+    assert read.exit_code == 0, read.output
+    assert read.stdout.strip()
+
+
+def test_an_answer_is_shown_with_its_confidence_and_without_its_tricks(server, image):
+    result = run("recognize", image, "-l", "cat", "-l", "dog", "--no-adapt")
+    assert "[red]cat\ufffd[2J  (81.2%, label_probability)" in result.stdout
+    assert "\x1b" not in result.stdout
+    assert "dog" in result.stdout
+    assert "default v0007" in result.stdout
+    assert "learning skipped: adapt_false" in result.stdout
+
+
+def test_options_reach_the_server(server, image):
+    run("answer", image, "what?", "-n", 4, "--temperature", 0.7, "--adapter", "base", "--no-adapt", "--seed", 3)
+    body = json.loads(server[0].content)
+    del body["image"]
+    assert body == {
+        "question": "what?",
+        "n": 4,
+        "temperature": 0.7,
+        "adapter": "base",
+        "adapt": False,
+        "seed": 3,
+    }
+
+
+def test_an_image_can_come_from_stdin(server, image):
+    result = run("answer", "-", "what?", input=image.read_bytes())
+    assert result.exit_code == 0, result.output
+    assert json.loads(server[0].content)["image"]["data"] == PIXEL
+
+
+def test_the_audit_is_cut_at_its_limit(server):
+    assert len(json.loads(run("audit", "--limit", 2, "-o", "json").stdout)) == 2
+
+
+# --- keys --------------------------------------------------------------------------------------------
+
+
+def test_this_machines_admin_key_is_found_in_the_home(server, home):
+    (home / "admin.key").write_text("from-file\n")
+    run("status")
+    run("status", "--admin-key", "given")
+    run("status", env={"SERVETUNE_ADMIN_KEY": "from-env"})
+    run("status", "--base-url", "https://elsewhere.example")
+    sent = [request.headers.get("authorization") for request in server]
+    assert sent == ["Bearer from-file", "Bearer given", "Bearer from-env", None]
+
+
+def test_without_servetune_home_the_key_is_where_platformdirs_puts_it(server, home, monkeypatch):
+    (home / "servetune").mkdir()
+    (home / "servetune" / "admin.key").write_text("from-xdg")
+    monkeypatch.delenv("SERVETUNE_HOME")
+    monkeypatch.setenv("XDG_DATA_HOME", str(home))
+    run("status")
+    assert server[0].headers["authorization"] == "Bearer from-xdg"
+
+
+def test_keys_given_in_the_environment_are_not_in_the_help():
+    shown = run("status", "--help", env={"SERVETUNE_ADMIN_KEY": "s3cret"}).output
+    assert "SERVETUNE_ADMIN_KEY" in shown
+    assert "s3cret" not in shown
+
+
+# --- errors ------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_is_one_line_with_code_and_request_id(server):
+    result = run("adapters", "show", "missing", "-o", "json")
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == "error: no such adapter [404 adapter_not_found, request req_1]\n"
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("answer missing.png what?", "no existing file"),
+        ("status --base-url nowhere", "base_url must be http(s)"),
+        ("status --base-url http://box:port", "base_url cannot be read"),
+        ("adapters snapshot keep -m nothing", "KEY=VALUE"),
+        ("adapters export v0001 {home}", "exists already"),
+        ("answer", "Missing argument"),
+        ("status -o xml", "xml"),
+    ],
+)
+def test_a_mistake_of_the_user_is_exit_code_2(server, home, image, line, reason):
+    result = run(*line.format(home=home).split())
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert reason in result.stderr
+    assert "Traceback" not in result.stderr
+    assert server == []
+
+
+def test_no_server_is_exit_code_3_and_names_how_to_start_one(monkeypatch):
+    def refuse(request):
+        raise httpx2.ConnectError("Connection refused")
+
+    options = {"transport": httpx2.MockTransport(refuse), "max_retries": 0}
+    monkeypatch.setattr(connect, "Client", functools.partial(Client, **options))
+    result = run("status")
+    assert result.exit_code == 3
+    assert "cannot reach http://127.0.0.1:8000: Connection refused" in result.stderr
+    assert "servetune serve" in result.stderr
+
+
+# --- processes ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """A stand-in for the server's entry points, with the flags they got."""
+    calls = []
+    module = types.ModuleType("servetune.server.main")
+    module.serve = lambda **flags: calls.append(("serve", flags))
+    module.worker = lambda **flags: calls.append(("worker", flags))
+    monkeypatch.setitem(sys.modules, "servetune.server.main", module)
+    return calls
+
+
+def test_only_the_flags_given_override_settings(started, tmp_path):
+    assert run("serve").exit_code == 0
+    run("serve", "nano", "--port", 0, "--home", tmp_path, "--no-worker", "--redis-url", "redis://box")
+    run("worker", "some/model", "--learner", "ttrv")
+    given = {"model": "nano", "port": 0, "home": tmp_path, "worker": False, "redis_url": "redis://box"}
+    assert started == [
+        ("serve", {}),
+        ("serve", given),
+        ("worker", {"model": "some/model", "learner": "ttrv"}),
+    ]
+
+
+def test_flags_are_fields_of_the_settings():
+    settings = pytest.importorskip("servetune.server.settings").Settings
+    for role in (cli.serve, cli.worker):
+        assert set(role.__annotations__) - {"return"} <= set(settings.model_fields)
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "torch"])
+def test_without_the_extra_the_install_command_is_named(started, monkeypatch, missing):
+    def serve(**flags):
+        raise ModuleNotFoundError(f"No module named {missing!r}", name=missing)
+
+    monkeypatch.setattr(sys.modules["servetune.server.main"], "serve", serve)
+    result = run("serve")
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f'error: {missing} is not installed. Install the server: pip install "servetune[server]"\n'
+    )
+
+
+def test_a_wrong_setting_is_one_line(started, monkeypatch):
+    class Settings(BaseModel):
+        port: int = Field(le=65535)
+
+    monkeypatch.setattr(sys.modules["servetune.server.main"], "serve", lambda **flags: Settings(**flags))
+    result = run("serve", "--port", 70000)
+    assert result.exit_code == 2
+    assert result.stderr == "error: port: Input should be less than or equal to 65535\n"
+
+
+def test_the_module_runs_and_help_imports_no_server():
+    version = subprocess.run(
+        [sys.executable, "-m", "servetune", "--version"], capture_output=True, text=True, check=True
+    )
+    assert version.stdout == f"{__version__}\n"
+    code = "import servetune.cli, sys; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"torch", "fastapi", "transformers", "PIL", "servetune.server"}.isdisjoint(loaded.stdout.split())
