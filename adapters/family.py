@@ -86,10 +86,13 @@ class Family:
         """Load a folder or hub id.
 
         Raises:
-            UnsupportedModel: not an image-text-to-text checkpoint, no chat template, or attention that
-                cannot share a prompt between rollouts.
+            UnsupportedModel: not found, not an image-text-to-text checkpoint, no chat template, or attention
+                that cannot share a prompt between rollouts.
         """
-        config = AutoConfig.from_pretrained(source)
+        try:
+            config = AutoConfig.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise UnsupportedModel(f"cannot load {source}: {error}") from error
         _require_full_attention(config)
         processor = _load_processor(source, config)
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
@@ -104,7 +107,7 @@ class Family:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        return torch.device(next(self.model.parameters()).device)
 
     def prompt(self, images: Sequence[Image], question: str) -> Prompt:
         """Render one user turn with its images; special tokens in the question are made plain text."""
@@ -189,7 +192,7 @@ class Family:
     def decoder_name(self) -> str:
         """Qualified name of the language model inside the checkpoint."""
         decoder = self.model.get_decoder()
-        return next(name for name, module in self.model.named_modules() if module is decoder)
+        return str(next(name for name, module in self.model.named_modules() if module is decoder))
 
     def linear_names(self, part: str) -> list[str]:
         """Qualified names of the linear layers of the `language`, `vision` or `all` part."""
@@ -203,7 +206,7 @@ class Family:
         return names
 
     def digest(self) -> str:
-        """Fingerprint of the base weights: `sha256:` over names, shapes and values."""
+        """Fingerprint of the weights as they are now: `sha256:` over names, shapes and values."""
         total = hashlib.sha256()
         for name, value in sorted(self.model.state_dict().items()):
             total.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())

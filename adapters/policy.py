@@ -55,6 +55,7 @@ class Policy:
     def __init__(self, family: Family, spec: LoraSpec, slots: Sequence[str] = ("default",)) -> None:
         self.family = family
         self.spec = spec
+        self.base_digest = family.digest()  # before the adapters become part of the model
         self.target_modules = _target_pattern(family, spec.part)
         self.config = LoraConfig(
             r=spec.rank,

@@ -9,6 +9,7 @@ import torch
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.family import Prefix
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.rewards import Votes, count_votes
 from servetune.adapters.types import Query, Rollouts
@@ -62,7 +63,7 @@ def _sampled(policy: Policy, samples: list[tree.Sample], num: int, version: int)
 
 def _labels(
     policy: Policy,
-    prefix: tree.Prefix,
+    prefix: Prefix,
     query: Query,
     num: int,
     generator: torch.Generator,

@@ -147,7 +147,7 @@ class Learner:
         if config.confidence:
             loss = loss * confidence_weight(group.votes)
         divergence = kl_penalty(logprobs, reference, weights, tokens)
-        (share * (loss + config.kl_coefficient * divergence)).backward()
+        torch.autograd.backward(share * (loss + config.kl_coefficient * divergence))
         return float(divergence.detach())
 
 

@@ -164,13 +164,13 @@ class AdapterStore:
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """The verified weights of a version. Raises UnknownVersion, CorruptVersion."""
-        return parse_safetensors(self._verified(version, WEIGHTS))
+        return dict(parse_safetensors(self._verified(version, WEIGHTS)))
 
     def optimizer(self, version: int) -> dict[str, Tensor]:
         """The optimizer state kept with a version, empty where none was. Raises CorruptVersion."""
         if OPTIMIZER not in self.manifest(version).files:
             return {}
-        return parse_safetensors(self._verified(version, OPTIMIZER))
+        return dict(parse_safetensors(self._verified(version, OPTIMIZER)))
 
     def aliases(self) -> dict[str, int]:
         """Where every alias points; `base` is always version 0."""

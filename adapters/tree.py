@@ -8,11 +8,12 @@ copies of the prompt this is the same arithmetic without the repetition, and it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from servetune.adapters.family import Family, Prefix
 
@@ -132,7 +133,7 @@ def sample(
             yield int(logprobs.argmax()), count
             return
         drawn = torch.multinomial(logprobs.exp(), count, replacement=True, generator=generator)
-        values, counts = drawn.unique(return_counts=True)
+        values, counts = torch.unique(drawn, return_counts=True)
         yield from zip(values.tolist(), counts.tolist(), strict=True)
 
     return _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, temperature or 1.0)
@@ -150,9 +151,18 @@ def alternatives(family: Family, prefix: Prefix, num: int, max_tokens: int) -> l
     return sorted(found, key=lambda s: -s.logprob)
 
 
-def _grow(family, prefix, root, draw, max_tokens, temperature):  # type: ignore[no-untyped-def]
+def _grow(
+    family: Family,
+    prefix: Prefix,
+    root: _Branch,
+    draw: Callable[[Tensor, int], Iterator[tuple[int, int]]],
+    max_tokens: int,
+    temperature: float,
+) -> list[Sample]:
+    """Grow the tree a level at a time: `draw` yields the tokens that follow a branch, with their counts."""
     cache, fed = prefix.fork(), 0
-    branches, logits, done = [root], prefix.logits, []
+    branches, logits = [root], prefix.logits
+    done: list[Sample] = []
     for depth in range(max_tokens):
         logprobs = (_allowed(family, logits) / temperature).log_softmax(-1)
         children = []
@@ -172,7 +182,9 @@ def _grow(family, prefix, root, draw, max_tokens, temperature):  # type: ignore[
     return done
 
 
-def _feed(family: Family, prefix: Prefix, cache, branches: list[_Branch], fed: int, depth: int) -> Tensor:  # type: ignore[no-untyped-def]
+def _feed(
+    family: Family, prefix: Prefix, cache: DynamicCache, branches: list[_Branch], fed: int, depth: int
+) -> Tensor:
     """Feed the last token of every branch and note its place in the cache row."""
     device = prefix.logits.device
     mask = None

@@ -16,22 +16,25 @@ import socket
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 from typing import Any
 
 import structlog
+import transformers
 import uvicorn
 
-from servetune.server.access import Access, check_bind
+from servetune.adapters.family import UnsupportedModel
+from servetune.adapters.store import StoreError
+from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, QueryStream
 from servetune.server.engine import SLOTS, Engine
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
-from servetune.server.valkey import EmbeddedValkey
+from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
 PR_SET_PDEATHSIG = 1
@@ -43,9 +46,10 @@ def serve(**flags: Any) -> None:
     """Serve until interrupted. `flags` are fields of Settings that override environment and file."""
     settings = Settings(**flags)
     _log_to_stderr()
-    check_bind(settings.host, bool(settings.api_keys))
-    with _redis(settings) as redis_url:
-        asyncio.run(_serve(settings, redis_url))
+    with _plain_refusals():
+        check_bind(settings.host, bool(settings.api_keys))
+        with _redis(settings) as redis_url:
+            asyncio.run(_serve(settings, redis_url))
 
 
 def worker(**flags: Any) -> None:
@@ -59,7 +63,7 @@ def worker(**flags: Any) -> None:
     stop = threading.Event()
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, lambda *_: stop.set())
-    with _only_worker(settings), _redis(settings) as redis_url:
+    with _plain_refusals(), _only_worker(settings), _redis(settings) as redis_url:
         policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
         store = open_store(settings, policy)
         stream = QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)
@@ -123,14 +127,14 @@ async def _announce(server: _Server, settings: Settings) -> None:
 
 async def _supervise_worker(settings: Settings, redis_url: str) -> None:
     """Keep one worker running; a crash of learning is not a crash of serving."""
-    flags = {**settings.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})}
-    flags["redis_url"] = redis_url
+    secrets = {"api_keys", "admin_key", "buffer_key", "redis_url"}  # everyone can read a command line
+    flags = settings.model_dump_json(exclude=secrets)
+    command = (sys.executable, "-m", "servetune.server.main", str(os.getpid()), flags)
+    environment = os.environ | {"SERVETUNE_REDIS_URL": redis_url}
     pause, longest = RESTART_S
     while True:
         began = time.monotonic()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "servetune.server.main", json.dumps(flags), preexec_fn=_die_with_parent
-        )
+        process = await asyncio.create_subprocess_exec(*command, env=environment)
         try:
             code = await process.wait()
         except asyncio.CancelledError:
@@ -167,14 +171,27 @@ def _only_worker(settings: Settings) -> Iterator[None]:
         yield
 
 
-def _die_with_parent() -> None:
-    """The kernel ends the worker with the server, also after kill -9 (Linux)."""
+@contextmanager
+def _plain_refusals() -> Iterator[None]:
+    """End with a sentence where the operator can act on it, not with a traceback."""
+    try:
+        yield
+    except (UnsafeBind, UnsupportedModel, StoreError, ValkeyError) as refusal:
+        sys.exit(f"servetune: {refusal}")
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel end this process with `parent`, also after kill -9 (Linux)."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:
+        sys.exit("the server is gone")
 
 
 def _log_to_stderr() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")  # peft's to heed
+    transformers.utils.logging.disable_progress_bar()
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
@@ -185,6 +202,6 @@ def _log_to_stderr() -> None:
     )
 
 
-if __name__ == "__main__":
-    subprocess_flags = json.loads(sys.argv[1])
-    worker(**{**subprocess_flags, "home": Path(subprocess_flags["home"])})
+if __name__ == "__main__":  # what the supervisor starts
+    _die_with(int(sys.argv[1]))
+    worker(**json.loads(sys.argv[2]))

@@ -41,5 +41,5 @@ def open_store(settings: Settings, policy: Policy) -> AdapterStore:
     """
     store = AdapterStore(settings.path("store", "x").parent, settings.adapter)
     policy.use(None)
-    store.initialise(policy.zero_weights(), policy.peft_config(), policy.family.digest(), policy.probe())
+    store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
     return store

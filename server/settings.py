@@ -74,17 +74,22 @@ class Settings(BaseSettings):
     queries_per_step: int = Field(8, ge=1)
     steps_per_candidate: int = Field(2, ge=1)
     flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
-    lease_s: float = Field(60.0, gt=1)
-    max_deliveries: int = Field(3, ge=1)
+    lease_s: float = Field(30.0, gt=1)
+    max_deliveries: int = Field(5, ge=1)
     learning_rate: float = Field(1e-3, gt=0)
     kl_coefficient: float = Field(0.04, ge=0)
     seed: int = 0
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], **sources: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return sources["init_settings"], sources["env_settings"], TomlConfigSettingsSource(settings_cls)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
     def path(self, *parts: str) -> Path:
         """A path below the home, whose folders are private to the user."""

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 
 import structlog
@@ -19,15 +19,17 @@ import structlog
 from servetune.adapters.gate import Gate
 from servetune.adapters.policy import Policy
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import AdapterStore, Alias, AliasMoved, Draft, version_name
-from servetune.adapters.types import StepMetrics, Verdict
+from servetune.adapters.store import AdapterStore, Alias, AliasMoved, Draft, StoreError, version_name
+from servetune.adapters.types import BASE, StepMetrics, Verdict
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
-from servetune.server.buffer import Delivery, QueryStream
+from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
 from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
-PAUSE_POLL_S = 0.5
+POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
+RETRY_S = 2.0  # after Redis or the disk failed
+NOWHERE = Alias(BASE, -1)  # never equal to what is live, so the next turn follows anew
 
 log = structlog.get_logger()
 
@@ -55,33 +57,43 @@ class Worker:
         self._held: list[Delivery] = []  # taught the candidate; settled with it
         self._leased: list[Delivery] = []  # everything taken and not settled
         self._first_step = 0
+        self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
         self._finish_promotion()
         self._live = self._follow()
 
     def run(self, stop: threading.Event) -> None:
         """Turn until `stop` is set; then give back what is unfinished."""
+        self._stop = stop
         with self._keep_leases():
             while not stop.is_set():
-                self.turn()
-        self._discard()
+                try:
+                    self.turn()
+                except (BufferUnavailable, StoreError, OSError) as error:
+                    # Nothing was settled, so the queries come back when their leases run out.
+                    log.error("turn_failed", error=type(error).__name__, detail=str(error))
+                    self._status = self._status.model_copy(update={"state": "degraded", "error": str(error)})
+                    self._leased, self._held, self._live = [], [], NOWHERE
+                    stop.wait(RETRY_S)
+        with suppress(BufferUnavailable):
+            self._stream.release(self._leased)
 
     def turn(self) -> None:
         """One batch, and a candidate when there were enough steps or nothing more is waiting."""
         if self._store.paused:
             self._report("paused")
-            time.sleep(PAUSE_POLL_S)
+            self._stop.wait(POLL_S)
             return
         if self._store.live() != self._live:
-            self._discard()
-            self._live = self._follow()
+            self._give_back()
         batch = self._gather()
         if batch:
             self._report("learning")
             # What came back from a failed delivery runs alone, so that poison takes nobody with it.
             fresh = [delivery for delivery in batch if delivery.deliveries == 1]
-            for part in ([fresh] if fresh else []) + [[d] for d in batch if d.deliveries > 1]:
-                self._learn(part)
+            parts = [[d] for d in batch if d.deliveries > 1] + ([fresh] if fresh else [])
+            if not all(self._learn(part) for part in parts):
+                return
         enough = self._learner.steps - self._first_step >= self._settings.steps_per_candidate
         if self._held and (enough or len(batch) < self._settings.queries_per_step):
             self._conclude()
@@ -92,10 +104,10 @@ class Worker:
     def _gather(self) -> list[Delivery]:
         """A whole batch, or what has come `flush_s` after its first query."""
         limit = self._settings.queries_per_step
-        batch = self._take(limit, self._settings.flush_s)
+        batch = self._take(limit, POLL_S)
         deadline = time.monotonic() + self._settings.flush_s
-        while batch and len(batch) < limit and (left := deadline - time.monotonic()) > 0:
-            batch += self._take(limit - len(batch), left)
+        while 0 < len(batch) < limit and time.monotonic() < deadline and not self._stop.is_set():
+            batch += self._take(limit - len(batch), POLL_S)
         return batch
 
     def _take(self, limit: int, block_s: float) -> list[Delivery]:
@@ -103,25 +115,27 @@ class Worker:
         self._leased += taken
         return taken
 
-    def _learn(self, batch: list[Delivery]) -> None:
+    def _learn(self, batch: list[Delivery]) -> bool:
+        """One step. False when it failed; then everything under lease was given back."""
         known = self._store.learned_from({d.query.id for d in batch if d.deliveries > 1})
         self._settle([d for d in batch if d.query.id in known], "trained")
         batch = [d for d in batch if d.query.id not in known]
         if not batch:
-            return
+            return True
         try:
             metrics, taught = self._learner.step([d.query for d in batch], self._live.version)
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
             log.error("step_failed", error=type(error).__name__, queries=len(batch))
             self._leased = [d for d in self._leased if d not in batch]
-            self._stream.release(batch)
-            self._discard()
-            return
+            self._stream.release(batch, failed=True)
+            self._give_back()
+            return False
         self._note_step(metrics)
         ids = {query.id for query in taught}
         self._settle([d for d in batch if d.query.id not in ids], "no_signal")
         self._held += [d for d in batch if d.query.id in ids]
         self._gate.remember([d.query for d in batch])
+        return True
 
     def _conclude(self) -> None:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
@@ -130,15 +144,17 @@ class Worker:
         if not verdict.accepted:
             log.warning("candidate_rejected", reasons=verdict.reasons)
             self._settle(self._held, "rejected")
-            self._discard()
+            self._give_back()
+            return
+        if len(self._stream.renew(self._held)) < len(self._held):
+            log.info("candidate_withdrawn")  # it learned from a query that was erased or is someone else's now
+            self._give_back()
             return
         try:
             self._publish(verdict)
         except AliasMoved:
-            # The operator moved `live` meanwhile: their act wins, and the queries go back.
-            log.info("candidate_outdated")
-            self._discard()
-            self._live = self._follow()
+            log.info("candidate_outdated")  # the operator moved `live` meanwhile: their act wins
+            self._give_back()
             return
         self._settle(self._held, "trained")
         self._held = []
@@ -185,13 +201,15 @@ class Worker:
         self._first_step = self._learner.steps
         return live
 
-    def _discard(self) -> None:
-        """Forget the candidate and give back the queries that were not settled."""
+    def _give_back(self) -> None:
+        """Drop the candidate and return its queries to the buffer."""
         self._stream.release(self._leased)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop the candidate and go on from what is live."""
         self._leased, self._held = [], []
-        version = self._live.version
-        self._learner.load(self._store.weights(version), self._store.optimizer(version))
-        self._first_step = self._learner.steps
+        self._live = self._follow()
 
     # --- book-keeping --------------------------------------------------------------------------------
 
@@ -206,7 +224,7 @@ class Worker:
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self._learner.steps})
 
     def _report(self, state: str) -> None:
-        update = {"state": state, "version": version_name(self._live.version)}
+        update = {"state": state, "error": None, "version": version_name(self._live.version)}
         self._status = self._status.model_copy(update=update)
         self._stream.report(self._status)
 
@@ -217,8 +235,9 @@ class Worker:
 
         def renew() -> None:
             while not done.wait(self._settings.lease_s / 4):
-                self._stream.renew(list(self._leased))
-                self._stream.report(self._status)
+                with suppress(BufferUnavailable):  # the loop meets it too, and deals with it
+                    self._stream.renew(list(self._leased))
+                    self._stream.report(self._status)
 
         keeper = threading.Thread(target=renew, name="leases", daemon=True)
         keeper.start()

@@ -112,7 +112,7 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     assert probe != made.probe()
 
     store = AdapterStore(tmp_path)
-    store.initialise(made.zero_weights(), made.peft_config(), made.family.digest(), made.probe())
+    store.initialise(made.zero_weights(), made.peft_config(), made.base_digest, made.probe())
     weights, moments = learner.state()
     version = store.publish(Draft(weights, "worker", 0, probe, moments)).version
     with tarfile.open(fileobj=io.BytesIO(b"".join(store.export(version)))) as tar:

@@ -1,0 +1,317 @@
+"""The adaptation loop on a real Valkey: what it publishes, and that nothing is lost however it is stopped."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from servetune.adapters.gate import Gate
+from servetune.adapters.policy import Policy
+from servetune.adapters.store import AdapterStore
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import LEDGER, OUTCOMES, QueryStream
+from servetune.server.settings import Settings
+from servetune.server.valkey import EmbeddedValkey
+from servetune.server.worker import Worker
+from tests.conftest import query
+from tests.redis_servers import eventually, open_buffer, open_stream, running
+
+LABELS = tuple("abcdefgh")
+LEASE_S = 1.1
+BATCH = 4
+
+
+class Killed(BaseException):
+    """Stands for kill -9: nothing in the worker handles it."""
+
+
+def die(*_: Any, **__: Any) -> Any:
+    raise Killed
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    with running(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+@pytest.fixture
+def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
+    return Settings(
+        home=tmp_path,
+        adapter=request.node.name.replace("_", "-")[:60].strip("-"),
+        max_answer_tokens=4,
+        queries_per_step=BATCH,
+        steps_per_candidate=1,
+        flush_s=0.0,
+        lease_s=LEASE_S,
+        learning_rate=1e-4,
+    )
+
+
+@pytest.fixture
+def store(settings: Settings, policy: Policy) -> AdapterStore:
+    made = AdapterStore(settings.path("store"), settings.adapter)
+    policy.use(None)
+    made.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
+    return made
+
+
+@contextmanager
+def at_work(settings: Settings, policy: Policy, store: AdapterStore, url: str) -> Iterator[Worker]:
+    with open_stream(settings, url) as stream:
+        yield Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
+
+
+async def ask(settings: Settings, url: str, count: int = BATCH, start: int = 0) -> None:
+    async with open_buffer(settings, url) as buffer:
+        for number in range(start, start + count):
+            await buffer.put(query(number, labels=LABELS), "ann")
+
+
+async def ledger(settings: Settings, url: str) -> dict[str, int]:
+    """Where the queries are: the ledger's non-zero columns, and what is left, after checking the balance."""
+    async with open_buffer(settings, url) as buffer:
+        status = await buffer.status()
+    left = status.waiting + status.pending
+    gone = sum(status.ledger[name] for name in (*OUTCOMES, "dead", "expired", "withdrawn"))
+    assert status.ledger["acked"] == gone + left
+    found = {name: status.ledger[name] for name in LEDGER if name != "acked"} | {"left": left}
+    return {name: count for name, count in found.items() if count}
+
+
+async def test_a_turn_learns_publishes_and_settles(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+    made = store.manifest(store.live().version)
+    assert (made.version, made.parent, made.origin) == (1, 0, "worker")
+    assert sorted(made.query_ids) == ["q_0", "q_1", "q_2", "q_3"]
+    assert made.gate is not None
+    assert made.gate["accepted"]
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+    async with open_buffer(settings, valkey.url) as buffer:
+        heard = await buffer.read_worker()
+    assert (heard.state, heard.version, heard.steps) == ("idle", "v0001", 1)
+    assert made.metrics["informative"] == BATCH
+
+
+async def test_versions_follow_each_other(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url, 2 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+        worker.turn()
+    assert store.live().version == 2
+    assert store.manifest(2).parent == 1
+    assert store.manifest(2).step_range == (2, 2)
+
+
+async def test_a_refused_candidate_leaves_everything_as_it_was(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url)
+    wild = settings.model_copy(update={"learning_rate": 50.0})
+    with at_work(wild, policy, store, valkey.url) as worker:
+        worker.turn()
+    assert store.versions() == [0]
+    assert await ledger(settings, valkey.url) == {"rejected": BATCH}
+    for value in policy.parameters("candidate").values():
+        assert value.isfinite().all()
+    policy.use("candidate")
+    moved = policy.probe()
+    policy.use(None)
+    assert moved == pytest.approx(policy.probe(), abs=1e-5)
+
+
+async def test_what_the_operator_does_meanwhile_wins(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        publish = AdapterStore.publish
+
+        def reset_before(self: AdapterStore, draft: Any) -> Any:
+            monkeypatch.undo()
+            store.reset()
+            return publish(self, draft)
+
+        monkeypatch.setattr(AdapterStore, "publish", reset_before)
+        worker.turn()
+        assert store.manifest(store.live().version).origin == "reset"
+        assert await ledger(settings, valkey.url) == {"left": BATCH}
+        worker.turn()
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+    assert store.manifest(store.live().version).origin == "worker"
+
+
+@pytest.mark.parametrize("moment", ["promote", "settle"])
+async def test_killed_after_publishing_the_queries_are_not_learned_twice(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+    moment: str,
+) -> None:
+    settings = settings.model_copy(update={"adapter": f"killed-{moment}"})
+    store = AdapterStore(settings.path("store"), settings.adapter)
+    store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
+    await ask(settings, valkey.url)
+    owner = AdapterStore if moment == "promote" else QueryStream
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(owner, moment, die)
+        with pytest.raises(Killed):
+            worker.turn()
+        monkeypatch.undo()
+    assert store.versions() == [0, 1]
+    with at_work(settings, policy, store, valkey.url) as successor:
+        assert store.live().version == 1
+        time.sleep(LEASE_S * 1.1)
+        successor.turn()
+    assert store.versions() == [0, 1]
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+
+
+async def test_killed_before_publishing_the_queries_are_learned_by_the_next_worker(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(Gate, "judge", die)
+        with pytest.raises(Killed):
+            worker.turn()
+        monkeypatch.undo()
+    time.sleep(LEASE_S * 1.1)
+    with at_work(settings, policy, store, valkey.url) as successor:
+        successor.turn()
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+    assert sorted(store.manifest(store.live().version).query_ids) == ["q_0", "q_1", "q_2", "q_3"]
+
+
+async def test_one_bad_query_is_set_aside_and_the_others_are_learned(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    settings = settings.model_copy(update={"max_deliveries": 3})
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        step = worker._learner.step
+
+        def choke(queries: Any, version: int) -> Any:
+            if any(one.id == "q_2" for one in queries):
+                raise RuntimeError("this image breaks the model")
+            return step(queries, version)
+
+        monkeypatch.setattr(worker._learner, "step", choke)
+        for _ in range(8):
+            worker.turn()
+    assert await ledger(settings, valkey.url) == {"trained": BATCH - 1, "dead": 1}
+
+
+async def test_a_query_withdrawn_while_it_is_learned_is_not_published(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url)
+    async with open_buffer(settings, valkey.url) as buffer:
+        with at_work(settings, policy, store, valkey.url) as worker:
+            judge = Gate.judge
+            reached, go_on = threading.Event(), threading.Event()
+
+            def wait(gate: Gate) -> Any:
+                reached.set()
+                assert go_on.wait(10)
+                return judge(gate)
+
+            monkeypatch.setattr(Gate, "judge", wait)
+            turning = threading.Thread(target=worker.turn)
+            turning.start()
+            assert reached.wait(10)
+            assert await buffer.withdraw("q_1")
+            go_on.set()
+            turning.join()
+            assert store.versions() == [0]
+            worker.turn()
+    assert sorted(store.manifest(1).query_ids) == ["q_0", "q_2", "q_3"]
+    assert await ledger(settings, valkey.url) == {"trained": BATCH - 1, "withdrawn": 1}
+
+
+async def test_paused_it_takes_nothing(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url)
+    store.set_paused(True)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+        assert await ledger(settings, valkey.url) == {"left": BATCH}
+        store.set_paused(False)
+        worker.turn()
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+
+
+async def test_unanimous_queries_change_nothing(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+) -> None:
+    async with open_buffer(settings, valkey.url) as buffer:
+        for number in range(BATCH):
+            await buffer.put(query(number, labels=("red",)), "ann")  # one label: nothing to agree on
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+    assert store.versions() == [0]
+    assert await ledger(settings, valkey.url) == {"no_signal": BATCH}
+
+
+async def test_it_outlives_its_redis_and_stops_when_told(
+    settings: Settings, policy: Policy, store: AdapterStore, tmp_path: Path
+) -> None:
+    with running(tmp_path / "own") as server, at_work(settings, policy, store, server.url) as worker:
+        stop = threading.Event()
+        working = threading.Thread(target=worker.run, args=(stop,))
+        working.start()
+        try:
+            assert server.pid
+            os.kill(server.pid, signal.SIGKILL)
+            async with open_buffer(settings, server.url) as buffer:
+                for number in range(BATCH):
+                    while True:
+                        try:
+                            await buffer.put(query(number, labels=LABELS), "ann")
+                            break
+                        except Exception:  # until the server is back
+                            time.sleep(0.1)
+            asked = {f"q_{number}" for number in range(BATCH)}
+            eventually(lambda: store.learned_from(asked) == asked, within_s=30)
+        finally:
+            stop.set()
+            working.join(10)
+        assert not working.is_alive()
+        assert await ledger(settings, server.url) == {"trained": BATCH}
