@@ -178,11 +178,10 @@ def load_artwork(style: str, cache: Path = CACHE, size: int = RENDER_SIZE) -> di
     if not path.exists():
         icons, found = find_icons(style, cache)
         pairs = zip(read_labels(), found, strict=True)
-        np.savez_compressed(
-            path, **{label: np.asarray(icons.render(icon, size)) for label, icon in pairs if icon is not None}
-        )
-    with np.load(path) as renders:
-        return {label: renders[label] for label in read_labels() if label in renders}
+        renders = {label: np.asarray(icons.render(icon, size)) for label, icon in pairs if icon is not None}
+        np.savez_compressed(path, allow_pickle=False, **renders)
+    with np.load(path) as stored:
+        return {label: stored[label] for label in read_labels() if label in stored}
 
 
 def on_white(render: np.ndarray) -> Image.Image:

@@ -120,7 +120,8 @@ def paraphrase_cases(cache: Path, seed: int = 0) -> dict[str, list[Case]]:
     cases: dict[str, list[Case]] = {}
     for subject, kinds in json.loads(PARAPHRASES.read_text()).items():
         for kind, templates in kinds.items():
-            cases[f"{subject}, {kind}"] = found = []
+            found: list[Case] = []
+            cases[f"{subject}, {kind}"] = found
             for template in templates:
                 wanted = len(found) + IMAGES_PER_PARAPHRASE
                 while len(found) < wanted:

@@ -193,7 +193,7 @@ class Asker:
             if true and shown.category == "object":
                 return None
             return shown.category if true else self.random.choice(kinds)
-        name = shown.name if true else self.another_name(shown)
+        name = str(shown.name) if true else self.another_name(shown)
         return SYNONYMS.get(name, name) if self.random.random() < 0.4 else name
 
     def shape_claim(self, shown: Shown, true: bool) -> str | None:
@@ -227,7 +227,7 @@ class Asker:
             "shape": self.shape,
         }
         answer = answerers[kind](words, shown)
-        return answer and (template.format(**words), answer)
+        return (template.format(**words), answer) if answer else None
 
     def state(self, words: dict[str, str], shown: Shown, if_true: str, if_false: str) -> str | None:
         """Fill in a claim."""
@@ -240,7 +240,8 @@ class Asker:
 
     def oppose(self, words: dict[str, str], shown: Shown) -> str | None:
         """Fill in a right and a wrong name, or colours for half the shapes."""
-        right, wrong, phrase = shown.name, self.another_name(shown), with_article
+        right, wrong = shown.name, self.another_name(shown)
+        phrase: Callable[[str], str] = with_article
         if shown.category == "shape" and self.random.random() < 0.5:
             right, phrase = shown.colour, str
             wrong = self.random.choice([word for word in SHAPE_COLOURS if word != right])
@@ -252,7 +253,7 @@ class Asker:
     def offer(self, words: dict[str, str], shown: Shown) -> str | None:
         """Fill in a list of options that holds the right name."""
         count = self.random.randint(1, 5) if self.random.random() < 0.7 else self.random.randint(5, 9)
-        options = [shown.name, *dict.fromkeys(self.another_name(shown) for _ in range(count))]
+        options = [str(shown.name), *dict.fromkeys(self.another_name(shown) for _ in range(count))]
         self.random.shuffle(options)
         question = self.random.choice(TEMPLATES["name"]).format(**words)
         words.update(q=self.random.choice(["{}?", "{}"]).format(question), o=", ".join(options))
@@ -261,7 +262,7 @@ class Asker:
     def colour(self, words: dict[str, str], shown: Shown) -> str | None:
         """Fill in what has the colour."""
         general = ["shape", "object", "figure", "thing"]
-        words["n"] = self.random.choice([shown.name, "object"] if shown.category != "shape" else general)
+        words["n"] = self.random.choice([str(shown.name), "object"] if shown.category != "shape" else general)
         if shown.category == "shape" and shown.name and self.random.random() < 0.4:
             words["n"] = shown.name
         return shown.colour

@@ -112,7 +112,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(tower.config.hidden_size, num_classes)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.head(self.tower(pixel_values=pixels).last_hidden_state.mean(dim=1))
+        logits: Tensor = self.head(self.tower(pixel_values=pixels).last_hidden_state.mean(dim=1))
+        return logits
 
 
 def progress(steps: int, batch: int, name: str) -> Iterator[int]:
@@ -131,7 +132,9 @@ def shape_targets(source: Source) -> Tensor:
     facts = [questions.shape_facts(pairs) for pairs in source.easy_vqa.questions]
     shapes = {word: index for index, word in enumerate(questions.SHAPES)}
     colours = {word: index for index, word in enumerate(questions.SHAPE_COLOURS)}
-    return torch.tensor([[shapes.get(fact.name, -100), colours.get(fact.colour, -100)] for fact in facts])
+    return torch.tensor(
+        [[shapes.get(fact.name or "", -100), colours.get(fact.colour or "", -100)] for fact in facts]
+    )
 
 
 def train_tower(tower: Idefics3VisionTransformer, source: Source, views: int) -> nn.Module:
@@ -151,12 +154,12 @@ def train_tower(tower: Idefics3VisionTransformer, source: Source, views: int) ->
         loss = F.cross_entropy(art[:, :num_labels], batch.labels, label_smoothing=0.05)
         loss = loss + 0.1 * F.cross_entropy(drawn[:, :num_shapes], shape)
         loss = loss + 0.1 * F.cross_entropy(drawn[:, num_shapes:], colour)
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
         if (step + 1) % 50 == 0:
             right = (art[:, :num_labels].argmax(dim=1) == batch.labels).float().mean()
             print(f"tower loss {loss:.3f}, right on augmented views {right:.2f}", flush=True)
-    return optimiser.average.tower
+    return optimiser.average.get_submodule("tower")
 
 
 def recipe_text(asker: questions.Asker, shown: list[questions.Shown], own: list[tuple[str, str]]) -> Iterator[str]:
@@ -250,7 +253,7 @@ def train_model(
             rows = torch.from_numpy(chunk % BATCH).to(features.device)
             total = total + answer_loss(nano, features.index_select(0, rows), ids, answer)
             count += int(answer.sum())
-        (total / count).backward()
+        torch.autograd.backward(total / count)
         optimiser.step()
         if (step + 1) % 50 == 0:
             print(f"model loss {total.item() / count:.3f}", flush=True)

@@ -37,6 +37,7 @@ from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 log = structlog.get_logger()
@@ -61,7 +62,7 @@ def worker(**flags: Any) -> None:
     _log_to_stderr()
     yield_to_serving()
     stop = threading.Event()
-    for name in (signal.SIGTERM, signal.SIGINT):
+    for name in STOP_SIGNALS:
         signal.signal(name, lambda *_: stop.set())
     with _plain_refusals(), _only_worker(settings), _redis(settings) as redis_url:
         policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
@@ -102,11 +103,26 @@ async def _serve(settings: Settings, redis_url: str) -> None:
 
 
 class _Server(uvicorn.Server):
-    """uvicorn that says when it listens."""
+    """uvicorn that says when it listens, and returns when it is told to stop.
+
+    The original raises the signal once more when it is done, which ends the process before the worker and the
+    Valkey are stopped.
+    """
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        for name in STOP_SIGNALS:
+            loop.add_signal_handler(name, self.handle_exit, name, None)
+        try:
+            yield
+        finally:
+            for name in STOP_SIGNALS:
+                loop.remove_signal_handler(name)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
