@@ -12,7 +12,7 @@ import inspect
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from transformers import (
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
+TOKEN_CACHE = 65_536  # answers
 
 
 class UnsupportedModel(ValueError):
@@ -79,6 +80,7 @@ class Family:
         self.source = source
         self.end_tokens = frozenset(_end_tokens(self.model, self.tokenizer))
         self.forbidden = torch.tensor(sorted(_placeholder_tokens(self.model.config)), dtype=torch.long)
+        self._tokens = lru_cache(TOKEN_CACHE)(self._encode)  # the same labels come with every request
         self._special = sorted({str(t) for t in self.tokenizer.get_added_vocab()}, key=len, reverse=True)
 
     @classmethod
@@ -112,14 +114,7 @@ class Family:
     def prompt(self, images: Sequence[Image], question: str) -> Prompt:
         """Render one user turn with its images; special tokens in the question are made plain text."""
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": self._plain(question)}]
-        # The tokenizer renders: some processors' own method insists on a video part.
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.template,
-            add_generation_prompt=True,
-            tokenize=False,
-        )
-        inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt")
+        inputs = self.processor(text=[self._render(content)], images=[list(images)], return_tensors="pt")
         tensors = {name: value.to(self.device) for name, value in inputs.items() if isinstance(value, Tensor)}
         return Prompt(tensors)
 
@@ -174,19 +169,51 @@ class Family:
         return output.logits[0].float()  # type: ignore[no-any-return]
 
     def tokens(self, answer: str) -> tuple[int, ...]:
-        """Token ids of an answer as the model would write it, end token included."""
-        ids = self.tokenizer(answer, add_special_tokens=False)["input_ids"]
-        return (*ids, self.end_token)
+        """Token ids of an answer as the model would write it after the prompt, end token included."""
+        return self._tokens(answer)
+
+    def _encode(self, answer: str) -> tuple[int, ...]:
+        opening, space, _ = self._reply
+        before, whole = self._ids(opening), self._ids(opening + space + answer)
+        own = whole[len(before) :] if whole[: len(before)] == before else self._ids(space + answer)
+        return (*own, self.end_token)
+
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, tokens: Sequence[int]) -> str:
         """The answer that these tokens spell, without special tokens or surrounding space."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
-    @property
+    @cached_property
     def end_token(self) -> int:
-        """The end token that the chat template itself uses, where it can be told."""
-        template_end = self.tokenizer.eos_token_id
-        return int(template_end) if template_end in self.end_tokens else min(self.end_tokens)
+        """The token that ends a turn in the chat template, where it can be told."""
+        ends = [*self._ids(self._reply[2])[:1], self.tokenizer.eos_token_id, min(self.end_tokens)]
+        return next(int(end) for end in ends if end in self.end_tokens)
+
+    @cached_property
+    def _reply(self) -> tuple[str, str, str]:
+        """A rendered question up to where the answer is due, the space before the answer, and what follows it.
+
+        "Assistant:" wants " dog" where a new line wants "dog": other tokens, with another probability.
+        """
+        question, answer = [{"type": "text", "text": "?"}], "yes"
+        opening = self._render(question)
+        whole = self._render(question, [{"type": "text", "text": answer}])
+        space, found, end = whole.removeprefix(opening).partition(answer)
+        if not (found and whole.startswith(opening)) or space.strip():
+            return opening, "", ""
+        return opening, space, end
+
+    def _render(self, question: list[dict[str, str]], answer: list[dict[str, str]] | None = None) -> str:
+        turns = [{"role": "user", "content": question}]
+        if answer is not None:
+            turns.append({"role": "assistant", "content": answer})
+        # The tokenizer renders: some processors' own method insists on a video part.
+        text = self.tokenizer.apply_chat_template(
+            turns, chat_template=self.template, add_generation_prompt=answer is None, tokenize=False
+        )
+        return str(text)
 
     @cached_property
     def decoder_name(self) -> str:

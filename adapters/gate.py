@@ -51,6 +51,15 @@ class _View:
 
 
 @dataclass(frozen=True, slots=True)
+class _Replayed:
+    """A recent query with what never changes about it."""
+
+    query: Query
+    observation: Observation
+    base: _View
+
+
+@dataclass(frozen=True, slots=True)
 class _Comparison:
     """One replayed query: base and candidate beside each other, and how far the candidate has moved."""
 
@@ -74,7 +83,7 @@ class Gate:
     window: int = 16
     max_tokens: int = 32
     seed: int = 0
-    _replay: deque[Query] = field(init=False)
+    _replay: deque[_Replayed] = field(init=False)
     _shown: deque[str] = field(default_factory=lambda: deque(maxlen=256), init=False)
 
     def __post_init__(self) -> None:
@@ -83,10 +92,11 @@ class Gate:
     @torch.no_grad()
     def remember(self, queries: Sequence[Query]) -> None:
         """Keep queries for the replay and note which labels the live adapter sees in them."""
-        self._replay.extend(queries)
         for query in queries:
+            observation = self.policy.observe(query)
+            self._replay.append(_Replayed(query, observation, self._view(None, query, observation)))
             if query.labels:
-                self._shown.append(self._view(self.live, query, self.policy.observe(query)).answer)
+                self._shown.append(self._view(self.live, query, observation).answer)
 
     @torch.no_grad()
     def judge(self) -> Verdict:
@@ -110,7 +120,7 @@ class Gate:
         return Verdict(not reasons, reasons, metrics)
 
     def _measure(self) -> dict[str, float]:
-        found = [self._compare(query) for query in self._replay]
+        found = [self._compare(one) for one in self._replay]
         base = [one.base for one in found]
         candidate = [one.candidate for one in found]
         return {
@@ -122,16 +132,14 @@ class Gate:
             "replay": float(len(found)),
         }
 
-    def _compare(self, query: Query) -> _Comparison:
-        observation = self.policy.observe(query)
-        candidate, live, base = (
-            self._view(slot, query, observation) for slot in (self.candidate, self.live, None)
-        )
+    def _compare(self, one: _Replayed) -> _Comparison:
+        candidate = self._view(self.candidate, one.query, one.observation)
         if candidate.logprobs is None:
-            kl_base, kl_step = self._sampled_divergences(observation)
+            kl_base, kl_step = self._sampled_divergences(one.observation)
         else:
-            kl_base, kl_step = (_divergence(candidate, other) for other in (base, live))
-        return _Comparison(base, candidate, kl_base, kl_step)
+            live = self._view(self.live, one.query, one.observation)
+            kl_base, kl_step = (_divergence(candidate, other) for other in (one.base, live))
+        return _Comparison(one.base, candidate, kl_base, kl_step)
 
     def _view(self, slot: str | None, query: Query, observation: Observation) -> _View:
         self.policy.use(slot)
@@ -161,7 +169,7 @@ class Gate:
 
     def _unshown(self) -> float:
         """Share kept of the probability that images of nothing give to labels not recently seen."""
-        closed = [query for query in self._replay if query.labels]
+        closed = [one.query for one in self._replay if one.query.labels]
         if not closed:
             return 1.0
         query = closed[-1]

@@ -103,6 +103,11 @@ class Learner:
             kind, key = name.split(":", 1)
             self._optimizer.state[self._parameters[key]][kind] = value.clone()
 
+    def retreat(self, towards: Mapping[str, Tensor]) -> None:
+        """Go half of the way back to other weights; the optimizer keeps its state."""
+        ours = self.policy.weights(self.slot)
+        self.policy.load(self.slot, {key: (value + towards[key].to(value)) / 2 for key, value in ours.items()})
+
     def _roll_out(self, query: Query, version: int) -> Group:
         config = self.config
         return roll_out(

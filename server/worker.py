@@ -29,6 +29,7 @@ from servetune.server.settings import Settings
 SLOTS = ("candidate", "live")
 POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
 RETRY_S = 2.0  # after Redis or the disk failed
+RETREATS = 2
 NOWHERE = Alias(BASE, -1)  # never equal to what is live, so the next turn follows anew
 
 log = structlog.get_logger()
@@ -139,7 +140,7 @@ class Worker:
 
     def _conclude(self) -> None:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
-        verdict = self._gate.judge()
+        verdict = self._judge()
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
         if not verdict.accepted:
             log.warning("candidate_rejected", reasons=verdict.reasons)
@@ -159,6 +160,16 @@ class Worker:
         self._settle(self._held, "trained")
         self._held = []
         self._first_step = self._learner.steps
+
+    def _judge(self) -> Verdict:
+        """The gate's verdict on the candidate; one that went too far is tried at half its way, and again."""
+        verdict = self._gate.judge()
+        for _ in range(RETREATS):
+            if verdict.accepted or not verdict.metrics:  # without metrics: not finite, and no way leads back
+                break
+            self._learner.retreat(self._policy.weights(SLOTS[1]))
+            verdict = self._gate.judge()
+        return verdict
 
     def _publish(self, verdict: Verdict) -> None:
         weights, moments = self._learner.state()

@@ -131,3 +131,19 @@ def test_special_tokens_in_a_question_stay_text(made: Policy) -> None:
     plain, hostile = (made.family.prompt([noise()], text).inputs["input_ids"] for text in ("hi", f"hi {special}"))
     for token in made.family.forbidden.tolist():
         assert (plain == token).sum() == (hostile == token).sum()
+
+
+SPACED = (
+    "<|im_start|>{% for message in messages %}{{ message['role'] | capitalize }}:"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("template", "written"), [(None, "cat"), (SPACED, " cat")])
+def test_a_label_is_scored_as_the_template_sets_an_answer(tiny: Path, template: str | None, written: str) -> None:
+    family = Family.load(str(tiny))
+    family.template = template or family.template
+    ids = family.tokenizer(written, add_special_tokens=False)["input_ids"]
+    assert family.tokens("cat") == (*ids, family.tokenizer.convert_tokens_to_ids("<|im_end|>"))

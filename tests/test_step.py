@@ -106,3 +106,12 @@ def test_the_published_form_is_the_published_form() -> None:
     assert (config.exact, config.scale, config.confidence, config.per_token) == (False, True, False, True)
     assert (config.num_rollouts, config.kl_coefficient, config.agreement) == (32, 0.04, (0.0, 1.0))
     assert LearnerConfig.named("released").kl_coefficient == 0.001
+
+
+def test_a_retreat_goes_half_of_the_way_back(policy: Policy) -> None:
+    stir(policy, "candidate", std=0.05)
+    learner = Learner(policy, OPEN)
+    start, far = policy.zero_weights(), policy.weights("candidate")
+    learner.retreat(start)
+    for key, value in policy.weights("candidate").items():
+        torch.testing.assert_close(value, (start[key] + far[key]) / 2)
