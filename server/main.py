@@ -37,6 +37,7 @@ from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
+EXAMPLE = Path("examples/images/fluent-emoji-flat/dog.png")  # in a clone of the repository
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
@@ -133,10 +134,11 @@ async def _announce(server: _Server, settings: Settings) -> None:
     await server.listening.wait()
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://{settings.host}:{port}"
+    picture = EXAMPLE if EXAMPLE.exists() else "photo.png"
     print(
         f"\nservetune answers at {url} (API: {url}/docs)\n"
         f"admin key: {settings.path('admin.key')}\n"
-        f"try:\n  curl -s {url}/answer -F image=@photo.png -F 'question=What is this?'\n",
+        f"try:\n  curl -s {url}/answer -F image=@{picture} -F 'question=What is this?'\n",
         flush=True,
     )
 
