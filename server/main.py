@@ -38,7 +38,7 @@ from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
-EXAMPLE = Path("examples/images/fluent-emoji-flat/dog.png")  # in a clone of the repository
+EXAMPLE = Path("examples/images/fluent-emoji-flat/banana.png")  # in a clone of the repository
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
@@ -135,13 +135,17 @@ async def _announce(server: _Server, settings: Settings) -> None:
     await server.listening.wait()
     port = server.servers[0].sockets[0].getsockname()[1]
     url = f"http://{settings.host}:{port}"
-    picture = EXAMPLE if EXAMPLE.exists() else "photo.png"
+    picture = _picture_to_try()
     print(
         f"\nservetune answers at {url} (API: {url}/docs)\n"
         f"admin key: {settings.path('admin.key')}\n"
         f"try:\n  curl -s {url}/answer -F image=@{picture} -F 'question=What is this?'\n",
         flush=True,
     )
+
+
+def _picture_to_try() -> str:
+    return str(EXAMPLE) if EXAMPLE.exists() else "photo.png"
 
 
 async def _supervise_worker(settings: Settings, redis_url: str) -> None:
