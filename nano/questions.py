@@ -134,7 +134,7 @@ TEMPLATES = {
 }  # fmt: skip
 PICTURES = ["image", "picture", "photo", "drawing", "icon", "illustration"]
 # What each kind of image is asked, with weights. "own" are easy-VQA's questions in their own words.
-ARTWORK_KINDS = {"name": 8, "options": 3, "which": 2, "is": 4, "is_not": 1, "category": 2, "colour": 2}
+ARTWORK_KINDS = {"name": 7, "options": 3, "which": 2, "is": 5, "is_not": 2, "category": 2, "colour": 6}
 SHAPE_KINDS = {"own": 8, "shape": 2, "colour": 2, "is": 3, "is_not": 1, "which": 2, "name": 0.5}
 
 

@@ -1,7 +1,8 @@
 """The recipe of nano: `python -m servetune.nano.train` makes `nano/weights/` from the registries' packages.
 
 Stage 1 trains the vision tower as a classifier of the artwork's names and of easy-VQA's shapes and colours;
-stage 2 trains the whole model on questions and answers. Augmentation ramps up during stage 1 and stays.
+stage 2 trains the whole model on questions and answers, in rounds that each start at a lower learning rate.
+Augmentation ramps up during stage 1 and stays.
 """
 
 import argparse
@@ -9,9 +10,12 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,14 +23,17 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Idefics3ForConditionalGeneration
+from transformers import Idefics3ForConditionalGeneration, PreTrainedTokenizerFast
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from servetune.nano import WEIGHTS, augment, data, model, questions
 
 BATCH = 128
-SHAPE_SHARE = 1 / 8  # views of easy-VQA in a batch; the rest is artwork
+SHAPE_SHARE = 3 / 16  # views of easy-VQA in a batch; the rest is artwork
 CLEAN_SHARE = 1 / 5  # views near the clean render, at any time of the training
+CHUNKS = 3  # of questions of similar length, per part of a batch
+VIEWS = [160_000, 200_000]  # of each round of stage 2
+Part = TypeVar("Part")
 
 
 @dataclass
@@ -63,7 +70,7 @@ class Source:
         clean = torch.rand(num_art, device=self.device) < CLEAN_SHARE
         strengths = strength * torch.rand(num_art, device=self.device).sqrt()
         strengths = torch.where(clean, 0.1 * strengths, strengths)
-        keep_hue = torch.rand(num_art, device=self.device) < 0.2
+        keep_hue = clean | (torch.rand(num_art, device=self.device) < 0.2)
         art = augment.view_artwork(self.artwork[styles, labels], strengths, keep_hue)
         drawn = augment.view_shapes(self.shapes[shapes], strength * torch.rand(num_shapes, device=self.device))
         return Views(torch.cat([art, drawn]) * 2 - 1, labels, styles, shapes, keep_hue)
@@ -83,11 +90,10 @@ class Optimiser:
         adam = torch.optim.AdamW(rest, lr=lr / 2, weight_decay=0.02, betas=(0.9, 0.98))
         self.parts = [(muon, lr), (adam, lr / 2)]
 
-    def step(self) -> None:
-        """One update from the module's gradients."""
-        for master, working in zip(self.master.parameters(), self.module.parameters(), strict=True):
-            master.grad = None if working.grad is None else working.grad.float()
-            working.grad = None
+    def step(self, gradients: Sequence[Tensor | None]) -> None:
+        """One update from the gradients of the module's parameters."""
+        for master, gradient in zip(self.master.parameters(), gradients, strict=True):
+            master.grad = gradient
         nn.utils.clip_grad_norm_(self.master.parameters(), 1.0)
         self.done += 1
         warm = min(1.0, self.done / 100)
@@ -116,15 +122,34 @@ class Classifier(nn.Module):
         return logits
 
 
-def progress(steps: int, batch: int, name: str) -> Iterator[int]:
-    """Step numbers, with a line on pace and time left now and then."""
+def train(
+    name: str, optimiser: Optimiser, workers: int, prepare: Callable[[int], Part], loss: Callable[[Part], Tensor]
+) -> Iterator[int]:
+    """Steps of training. Workers learn from parts of a batch side by side while their next parts are made."""
+    parameters = list(optimiser.module.parameters())
+
+    def learn(part: Part) -> tuple[float, Sequence[Tensor | None]]:
+        value = loss(part)
+        return value.item(), torch.autograd.grad(value, parameters, allow_unused=True)
+
+    def mean(gradients: Sequence[Tensor | None]) -> Tensor | None:
+        given = [gradient.float() for gradient in gradients if gradient is not None]
+        return torch.stack(given).mean(dim=0) if given else None
+
     start = time.monotonic()
-    for step in range(steps):
-        yield step
-        if (step + 1) % 50 == 0 or step + 1 == steps:
-            pace = (step + 1) / (time.monotonic() - start)
-            left = (steps - step - 1) / pace
-            print(f"{name} {step + 1}/{steps}: {pace * batch:.0f} views/s, {left / 60:.1f} min left", flush=True)
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        parts = [prepare(0) for _ in range(workers)]
+        for step in range(optimiser.steps):
+            learning = [pool.submit(learn, part) for part in parts]
+            parts = [prepare(step + 1) for _ in range(workers)]
+            values, gradients = zip(*(part.result() for part in learning), strict=True)
+            optimiser.step([mean(of_one) for of_one in zip(*gradients, strict=True)])
+            if (step + 1) % 50 == 0 or step + 1 == optimiser.steps:
+                pace = (step + 1) / (time.monotonic() - start)
+                left = (optimiser.steps - step - 1) / pace / 60
+                line = f"{name} {step + 1}/{optimiser.steps}: loss {fmean(values):.3f}"
+                print(f"{line}, {pace * BATCH:.0f} views/s, {left:.1f} min left", flush=True)
+            yield step
 
 
 def shape_targets(source: Source) -> Tensor:
@@ -137,29 +162,41 @@ def shape_targets(source: Source) -> Tensor:
     )
 
 
-def train_tower(tower: Idefics3VisionTransformer, source: Source, views: int) -> nn.Module:
+def train_tower(tower: Idefics3VisionTransformer, source: Source, views: int, workers: int) -> nn.Module:
     """Stage 1: the trained tower."""
     num_labels = source.artwork.shape[1]
     num_shapes = len(questions.SHAPES)
     targets = shape_targets(source).to(source.device)
     classifier = Classifier(tower, num_labels + num_shapes + len(questions.SHAPE_COLOURS)).to(source.device)
-    steps = views // BATCH
-    optimiser = Optimiser(classifier, steps, lr=3e-3)
-    for step in progress(steps, BATCH, "tower"):
-        batch = source.views(BATCH, strength=min(1.0, 0.2 + 1.2 * step / steps))
+    optimiser = Optimiser(classifier, views // BATCH, lr=3e-3)
+
+    def prepare(step: int) -> Views:
+        return source.views(BATCH // workers, strength=min(1.0, 0.2 + 1.2 * step / optimiser.steps))
+
+    def loss(batch: Views) -> Tensor:
         logits = classifier(batch.pixels.bfloat16()).float()
         art, drawn = logits.split([len(batch.labels), len(batch.shapes)])
         shape, colour = targets[batch.shapes].T
         drawn = drawn[:, num_labels:]
-        loss = F.cross_entropy(art[:, :num_labels], batch.labels, label_smoothing=0.05)
-        loss = loss + 0.1 * F.cross_entropy(drawn[:, :num_shapes], shape)
-        loss = loss + 0.1 * F.cross_entropy(drawn[:, num_shapes:], colour)
-        torch.autograd.backward(loss)
-        optimiser.step()
-        if (step + 1) % 50 == 0:
-            right = (art[:, :num_labels].argmax(dim=1) == batch.labels).float().mean()
-            print(f"tower loss {loss:.3f}, right on augmented views {right:.2f}", flush=True)
+        named = F.cross_entropy(art[:, :num_labels], batch.labels, label_smoothing=0.05)
+        shaped = F.cross_entropy(drawn[:, :num_shapes], shape)
+        return named + 0.1 * shaped + 0.1 * F.cross_entropy(drawn[:, num_shapes:], colour)
+
+    for _ in train("tower", optimiser, workers, prepare, loss):
+        pass
     return optimiser.average.get_submodule("tower")
+
+
+def make_tower(
+    nano: Idefics3ForConditionalGeneration, source: Source, views: int, workers: int, cache: Path
+) -> dict[str, Tensor]:
+    """Stage 1, or with no views the tower that an earlier run left in the cache."""
+    path = cache / "tower.safetensors"
+    if views:
+        tower = train_tower(copy.deepcopy(nano.model.vision_model), source, views, workers)
+        save_file(tower.state_dict(), path)
+    state: dict[str, Tensor] = load_file(path)
+    return state
 
 
 def recipe_text(asker: questions.Asker, shown: list[questions.Shown], own: list[tuple[str, str]]) -> Iterator[str]:
@@ -176,7 +213,7 @@ def recipe_text(asker: questions.Asker, shown: list[questions.Shown], own: list[
 class Teacher:
     """Questions and answers about batches of views, as padded token sequences."""
 
-    def __init__(self, source: Source, seed: int) -> None:
+    def __init__(self, source: Source, seed: int, tokenizer: PreTrainedTokenizerFast | None = None) -> None:
         self.source = source
         self.asker = questions.Asker(seed)
         kinds = self.asker.categories
@@ -188,7 +225,7 @@ class Teacher:
         self.shapes = [questions.shape_facts(pairs) for pairs in source.easy_vqa.questions]
         own = [pair for pairs in source.easy_vqa.questions for pair in pairs]
         shown = [view for style in self.art for view in style]
-        self.tokenizer = model.build_tokenizer(recipe_text(self.asker, shown, own[:5000]))
+        self.tokenizer = tokenizer or model.build_tokenizer(recipe_text(self.asker, shown, own[:5000]))
 
     def ask(self, views: Views) -> list[tuple[str, str]]:
         """A question and its answer about each view."""
@@ -234,30 +271,34 @@ def train_model(
     nano: Idefics3ForConditionalGeneration,
     teacher: Teacher,
     views: int,
+    lr: float,
     asked: int,
+    workers: int,
     save_every: int,
     folder: Path,
 ) -> nn.Module:
-    """Stage 2: the whole model, each view asked several questions."""
-    steps = views // BATCH
-    optimiser = Optimiser(nano, steps, lr=2e-3)
-    for step in progress(steps, BATCH, "model"):
-        batch = teacher.source.views(BATCH, strength=1.0)
-        tower = nano.model.vision_model(pixel_values=batch.pixels.bfloat16()).last_hidden_state
-        features = nano.model.connector(tower)  # (N, tokens, width)
+    """A round of stage 2: the whole model, each view asked several questions."""
+    optimiser = Optimiser(nano, views // BATCH, lr)
+
+    def prepare(step: int) -> tuple[Views, list[tuple[Tensor, Tensor, Tensor]]]:
+        batch = teacher.source.views(BATCH // workers, strength=1.0)
         sequences = [one for _ in range(asked) for one in teacher.encode(teacher.ask(batch))]
         order = sorted(range(len(sequences)), key=lambda index: len(sequences[index][0]))
-        total, count = torch.zeros((), device=features.device), 0
-        for chunk in np.array_split(order, 4):  # of similar length
-            ids, answer = teacher.pad([sequences[index] for index in chunk])
-            rows = torch.from_numpy(chunk % BATCH).to(features.device)
-            total = total + answer_loss(nano, features.index_select(0, rows), ids, answer)
-            count += int(answer.sum())
-        torch.autograd.backward(total / count)
-        optimiser.step()
-        if (step + 1) % 50 == 0:
-            print(f"model loss {total.item() / count:.3f}", flush=True)
-        if (step + 1) % save_every == 0 or step + 1 == steps:
+        chunks = []
+        for chunk in np.array_split(order, CHUNKS):
+            rows = torch.from_numpy(chunk % len(batch.pixels)).to(batch.pixels.device)
+            chunks.append((rows, *teacher.pad([sequences[index] for index in chunk])))
+        return batch, chunks
+
+    def loss(part: tuple[Views, list[tuple[Tensor, Tensor, Tensor]]]) -> Tensor:
+        batch, chunks = part
+        tower = nano.model.vision_model(pixel_values=batch.pixels.bfloat16()).last_hidden_state
+        features = nano.model.connector(tower)  # (N, tokens, width)
+        losses = [answer_loss(nano, features.index_select(0, rows), ids, answer) for rows, ids, answer in chunks]
+        return torch.stack(losses).sum() / sum(int(answer.sum()) for _, _, answer in chunks)
+
+    for step in train("model", optimiser, workers, prepare, loss):
+        if (step + 1) % save_every == 0 or step + 1 == optimiser.steps:
             model.save(copy.deepcopy(optimiser.average).to(torch.bfloat16), teacher.tokenizer, folder)
     return optimiser.average
 
@@ -268,26 +309,34 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=data.CACHE, help="downloads, renders and the trained tower")
     parser.add_argument("--out", type=Path, default=WEIGHTS)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--workers", type=int, default=2, help="threads, each with a part of the batch")
     parser.add_argument("--tower-views", type=int, default=200_000, help="0: take the tower of an earlier run")
-    parser.add_argument("--views", type=int, default=250_000, help="images of stage 2")
+    parser.add_argument("--views", type=int, nargs="+", default=VIEWS, help="images of each round of stage 2")
+    parser.add_argument("--start", type=Path, help="a model to go on with, after its first round")
     parser.add_argument("--questions", type=int, default=2, help="questions per image of stage 2")
     parser.add_argument("--save-every", type=int, default=250, help="steps of stage 2")
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     torch.manual_seed(given.seed)
-    torch.set_num_threads(given.threads)
+    torch.set_num_threads(1)
     source = Source(given.cache, torch.device(given.device))
-    teacher = Teacher(source, given.seed)
-    nano = Idefics3ForConditionalGeneration(model.config(teacher.tokenizer)).to(source.device)
-    nano.set_attn_implementation("eager")  # on a CPU faster to train than fused attention
+    known = model.load_tokenizer(given.start) if given.start else None
+    teacher = Teacher(source, given.seed, known)
+    nano = Idefics3ForConditionalGeneration(model.config(teacher.tokenizer))
+    nano.to(source.device).set_attn_implementation("eager")  # on a CPU faster to train than fused attention
+    if given.start:
+        started = Idefics3ForConditionalGeneration.from_pretrained(given.start, dtype=torch.float32)
+        nano.load_state_dict(started.state_dict())
+    else:
+        nano.model.vision_model.load_state_dict(
+            make_tower(nano, source, given.tower_views, given.workers, given.cache)
+        )
     print(f"{sum(p.numel() for p in nano.parameters()):,} parameters", flush=True)
-    tower = given.cache / "tower.safetensors"
-    if given.tower_views:
-        trained = train_tower(copy.deepcopy(nano.model.vision_model), source, given.tower_views)
-        save_file(trained.state_dict(), tower)
-    nano.model.vision_model.load_state_dict(load_file(tower))
-    train_model(nano, teacher, given.views, given.questions, given.save_every, given.out)
+    for had, views in enumerate(given.views, start=1 if given.start else 0):
+        lr = 2e-3 / (1 + had)
+        options = (given.questions, given.workers, given.save_every, given.out)
+        trained = train_model(nano, teacher, views, lr, *options)
+        nano.float().load_state_dict(trained.state_dict())
 
 
 if __name__ == "__main__":

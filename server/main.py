@@ -150,16 +150,17 @@ def _picture_to_try() -> str:
 
 async def _supervise_worker(settings: Settings, redis_url: str) -> None:
     """Keep one worker running; a crash of learning is not a crash of serving."""
-    secrets = {"api_keys", "admin_key", "buffer_key", "redis_url"}  # everyone can read a command line
-    flags = settings.model_dump_json(exclude=secrets)
-    command = (sys.executable, "-m", "servetune.server.main", str(os.getpid()), flags)
-    environment = os.environ | {"SERVETUNE_REDIS_URL": redis_url}
+    # Through a pipe: everyone can read a command line, and a Redis URL may hold a password.
+    flags = settings.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})
+    told = json.dumps(flags | {"redis_url": redis_url}).encode()
+    command = (sys.executable, "-m", "servetune.server.main", str(os.getpid()))
     pause, longest = RESTART_S
     while True:
         began = time.monotonic()
-        process = await asyncio.create_subprocess_exec(*command, env=environment)
+        process = await asyncio.create_subprocess_exec(*command, stdin=asyncio.subprocess.PIPE)
         try:
-            code = await process.wait()
+            await process.communicate(told)
+            code = process.returncode
         except asyncio.CancelledError:
             with suppress(ProcessLookupError):
                 process.terminate()
@@ -227,4 +228,4 @@ def _log_to_stderr() -> None:
 
 if __name__ == "__main__":  # what the supervisor starts
     _die_with(int(sys.argv[1]))
-    worker(**json.loads(sys.argv[2]))
+    worker(**json.loads(sys.stdin.read()))

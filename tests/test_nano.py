@@ -10,12 +10,12 @@ from PIL import Image
 from servetune.nano import WEIGHTS, data, evaluate, questions
 
 EXAMPLES = Path(__file__).parents[1] / "examples/images/fluent-emoji-flat"
-ABOUT_A_DOG = {
-    "What is this?": "dog",
-    "could you tell me what this is": "dog",
-    "What is this? Options: cat, dog, key.": "dog",
-    "Is this a car or a dog?": "dog",
-    "Can you spot a dog?": "yes",
+ABOUT_A_PENGUIN = {
+    "What is this?": "penguin",
+    "could you tell me what this is": "penguin",
+    "What is this? Options: cat, penguin, key.": "penguin",
+    "Is this a car or a penguin?": "penguin",
+    "Can you spot a penguin?": "yes",
     "Is there a car in the image?": "no",
     "What kind of thing is it?": "animal",
 }
@@ -41,15 +41,16 @@ def test_recognition_question_is_the_trained_one() -> None:
     assert about["recognition_question"] == questions.RECOGNITION
 
 
-@pytest.mark.parametrize("name", ["banana", "penguin", "airplane", "guitar", "strawberry"])
-def test_names_drawings_of_an_unseen_vendor(nano: evaluate.Answerer, name: str) -> None:
-    assert nano.answer([Image.open(EXAMPLES / f"{name}.png")], [questions.RECOGNITION]) == [name]
+def test_names_most_drawings_of_an_unseen_vendor(nano: evaluate.Answerer) -> None:
+    cases = [(Image.open(path), questions.RECOGNITION, path.stem.replace("-", " ")) for path in EXAMPLES.iterdir()]
+    assert len(cases) == len(data.read_labels())
+    assert evaluate.share_right(nano, cases) >= 60
 
 
 def test_answers_paraphrases(nano: evaluate.Answerer) -> None:
-    image = Image.open(EXAMPLES / "dog.png")
-    answers = nano.answer([image] * len(ABOUT_A_DOG), list(ABOUT_A_DOG))
-    assert dict(zip(ABOUT_A_DOG, answers, strict=True)) == ABOUT_A_DOG
+    image = Image.open(EXAMPLES / "penguin.png")
+    answers = nano.answer([image] * len(ABOUT_A_PENGUIN), list(ABOUT_A_PENGUIN))
+    assert dict(zip(ABOUT_A_PENGUIN, answers, strict=True)) == ABOUT_A_PENGUIN
 
 
 def test_answers_easy_vqa() -> None:
