@@ -102,15 +102,12 @@ def _server(home: Path) -> Iterator[tuple[str, str]]:
 
 
 def _view(picture: Image.Image, rng: random.Random) -> Image.Image:
-    """One photo of a sticker: another size, place, angle and background every time."""
-    scale = rng.uniform(0.55, 0.95)
-    side = round(SIDE * scale)
-    turned = picture.resize((side, side)).rotate(
-        rng.uniform(-15, 15), expand=True, resample=Image.Resampling.BICUBIC
-    )
-    ground = Image.new("RGB", (SIDE, SIDE), tuple(rng.randint(160, 255) for _ in range(3)))
-    slack = SIDE - turned.width, SIDE - turned.height
-    ground.paste(turned, (round(slack[0] * rng.random()), round(slack[1] * rng.random())), turned)
+    """The drawing on white, each time a little smaller, turned and moved, so that no two queries are the same."""
+    side = round(SIDE * rng.uniform(0.8, 1.0))
+    turned = picture.resize((side, side)).rotate(rng.uniform(-8, 8), resample=Image.Resampling.BICUBIC)
+    ground = Image.new("RGB", (SIDE, SIDE), "white")
+    corner = round((SIDE - side) * rng.random()), round((SIDE - side) * rng.random())
+    ground.paste(turned, corner, turned)
     return ground
 
 
