@@ -37,6 +37,18 @@ class UnsupportedModel(ValueError):
     """The checkpoint cannot be served; the message names what is missing and what to do."""
 
 
+class UnusableQuery(ValueError):
+    """The model cannot take this query. The message may be shown to whoever sent it."""
+
+
+class UnusableImage(UnusableQuery):
+    """The model's processor refuses an image, for its shape for instance."""
+
+
+class PromptTooLong(UnusableQuery):
+    """Question and images are more tokens than the model has positions."""
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A rendered chat turn: `input_ids` (1, P) and whatever the family's vision tower takes."""
@@ -94,7 +106,8 @@ class Family:
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise UnsupportedModel(f"cannot load {source}: {error}") from error
+            reason = str(error).partition("\n")[0][:300]
+            raise UnsupportedModel(f"cannot load {source}: {reason}") from error
         _require_full_attention(config)
         processor = _load_processor(source, config)
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
@@ -103,18 +116,35 @@ class Family:
             model = AutoModelForImageTextToText.from_pretrained(
                 source, dtype=dtype, attn_implementation="sdpa", device_map=None
             )
-        except ValueError as error:
-            raise UnsupportedModel(f"{source} is not an image-text-to-text checkpoint: {error}") from error
+        except (OSError, ValueError) as error:
+            reason = str(error).partition("\n")[0][:300]  # transformers goes on to list every class it has
+            raise UnsupportedModel(f"{source} is not an image-text-to-text checkpoint: {reason}") from error
         return cls(model.to(device), processor, _recognition_question(source), source)
+
+    @cached_property
+    def max_length(self) -> int:
+        """Positions of the language model: tokens of prompt and answer together."""
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31))
 
     @property
     def device(self) -> torch.device:
         return torch.device(next(self.model.parameters()).device)
 
     def prompt(self, images: Sequence[Image], question: str) -> Prompt:
-        """Render one user turn with its images; special tokens in the question are made plain text."""
+        """Render one user turn with its images; special tokens in the question are made plain text.
+
+        Raises:
+            UnusableImage, PromptTooLong: the model cannot take it.
+        """
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": self._plain(question)}]
-        inputs = self.processor(text=[self._render(content)], images=[list(images)], return_tensors="pt")
+        try:
+            inputs = self.processor(text=[self._render(content)], images=[list(images)], return_tensors="pt")
+        except ValueError:
+            sizes = ", ".join(f"{image.width}x{image.height}" for image in images)
+            raise UnusableImage(f"This model cannot take images of {sizes} pixels.") from None
+        length = inputs["input_ids"].shape[1]
+        if length >= self.max_length:
+            raise PromptTooLong(f"Question and images make {length} tokens; the model takes {self.max_length}.")
         tensors = {name: value.to(self.device) for name, value in inputs.items() if isinstance(value, Tensor)}
         return Prompt(tensors)
 
@@ -173,6 +203,7 @@ class Family:
         return self._tokens(answer)
 
     def _encode(self, answer: str) -> tuple[int, ...]:
+        answer = self._plain(answer)  # a label that spells an image token would be impossible
         opening, space, _ = self._reply
         before, whole = self._ids(opening), self._ids(opening + space + answer)
         own = whole[len(before) :] if whole[: len(before)] == before else self._ids(space + answer)
@@ -240,10 +271,10 @@ class Family:
             total.update(value.detach().contiguous().cpu().view(torch.uint8).numpy().data)
         return f"sha256:{total.hexdigest()}"
 
-    def _plain(self, question: str) -> str:
+    def _plain(self, text: str) -> str:
         for token in self._special:
-            question = question.replace(token, f"{token[0]} {token[1:]}")
-        return question
+            text = text.replace(token, f"{token[0]} {token[1:]}")
+        return text
 
 
 _TEXT = frozenset({"input_ids", "attention_mask", "mm_token_type_ids"})

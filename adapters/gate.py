@@ -193,7 +193,8 @@ def _divergence(ours: _View, theirs: _View) -> float:
     """KL over a closed set of labels, exact."""
     if ours.logprobs is None or theirs.logprobs is None:
         raise TypeError("both views must be of a closed set")
-    return float((ours.logprobs.exp() * (ours.logprobs - theirs.logprobs)).sum())
+    p = ours.logprobs.exp()
+    return float(torch.where(p > 0, p * (ours.logprobs - theirs.logprobs), 0.0).sum())
 
 
 def _k3(difference: float) -> float:

@@ -101,7 +101,11 @@ class Learner:
         self._optimizer.state.clear()
         for name, value in moments.items():
             kind, key = name.split(":", 1)
-            self._optimizer.state[self._parameters[key]][kind] = value.clone()
+            parameter = self._parameters[key]
+            # torch keeps the count of steps on the CPU and the moments beside the weights.
+            self._optimizer.state[parameter][kind] = value.clone().to(
+                "cpu" if kind == "step" else parameter.device
+            )
 
     def retreat(self, towards: Mapping[str, Tensor]) -> None:
         """Go half of the way back to other weights; the optimizer keeps its state."""

@@ -18,7 +18,7 @@ import tarfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -158,9 +158,13 @@ class AdapterStore:
         except ValueError:
             raise CorruptVersion(f"{version_name(version)}: the manifest is not readable") from None
         for name in ("probe", "query_ids", "step_range"):
-            if content[name] is not None:
+            if content.get(name) is not None:
                 content[name] = tuple(content[name])
-        return Manifest(**content)
+        known = {field.name for field in fields(Manifest)}  # a newer servetune may have written more
+        try:
+            return Manifest(**{name: value for name, value in content.items() if name in known})
+        except TypeError:
+            raise CorruptVersion(f"{version_name(version)}: the manifest lacks a field") from None
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """The verified weights of a version. Raises UnknownVersion, CorruptVersion."""
@@ -196,11 +200,15 @@ class AdapterStore:
         raise UnknownVersion(f"{self.name} has no version or alias {choice!r}")
 
     def learned_from(self, query_ids: set[str]) -> set[str]:
-        """Those of the given queries that some version names: they must not train again."""
+        """Those of the given queries that a version names which was live: they must not train again."""
         found: set[str] = set()
-        for version in self.versions():
+        for version in self.promoted() if query_ids else ():
             found |= query_ids.intersection(self.manifest(version).query_ids)
         return found
+
+    def promoted(self) -> list[int]:
+        """Versions that were live at some time, in the order of their first time."""
+        return list(self._read_aliases().get("promoted", ()))
 
     @property
     def paused(self) -> bool:
@@ -224,7 +232,9 @@ class AdapterStore:
             if BASE not in self.versions():
                 draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
                 self._write(BASE, draft, config, base_digest)
-                self._write_aliases({"aliases": {"live": BASE, "last-good": BASE}, "generation": 1})
+                self._write_aliases(
+                    {"aliases": {"live": BASE, "last-good": BASE}, "generation": 1, "promoted": [BASE]}
+                )
         made = self.manifest(BASE)
         wanted = (base_digest, config["r"], config["target_modules"])
         if (made.base_digest, made.rank, made.target_modules) != wanted:
@@ -380,6 +390,8 @@ class AdapterStore:
             content["aliases"]["last-good"] = before
         content["aliases"]["live"] = version
         content["generation"] += 1
+        if version not in content.setdefault("promoted", [BASE]):
+            content["promoted"].append(version)
         self._write_aliases(content)
         return Alias(version, content["generation"])
 

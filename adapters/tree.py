@@ -8,6 +8,7 @@ copies of the prompt this is the same arithmetic without the repetition, and it 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,10 @@ from servetune.adapters.family import Family, Prefix
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
+
+
+class Stopped(Exception):
+    """Nobody waits for these answers any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,33 +126,41 @@ def sample(
     max_tokens: int,
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    stop: threading.Event | None = None,
 ) -> list[Sample]:
     """Draw `num` answers independently; equal beginnings are drawn and fed as one branch with a count.
 
-    Temperature 0 takes the likeliest token, with log-probabilities at temperature 1. The returned counts sum
-    to `num`.
+    Temperature 0 takes the likeliest token. Log-probabilities are those at temperature 1, whatever was drawn at.
+    The returned counts sum to `num`.
+
+    Raises:
+        Stopped: `stop` was set meanwhile.
     """
 
     def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
         if temperature == 0:
             yield int(logprobs.argmax()), count
             return
-        drawn = torch.multinomial(logprobs.exp(), count, replacement=True, generator=generator)
+        shares = (logprobs / temperature).softmax(-1).cpu()  # generators live on the CPU
+        drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
         values, counts = torch.unique(drawn, return_counts=True)
         yield from zip(values.tolist(), counts.tolist(), strict=True)
 
-    return _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, temperature or 1.0)
+    return _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, stop)
 
 
 @torch.no_grad()
-def alternatives(family: Family, prefix: Prefix, num: int, max_tokens: int) -> list[Sample]:
-    """The `num` likeliest first tokens, each continued greedily; likeliest answer first."""
+def alternatives(
+    family: Family, prefix: Prefix, num: int, max_tokens: int, stop: threading.Event | None = None
+) -> list[Sample]:
+    """The `num` likeliest first tokens, each continued greedily; likeliest answer first. Raises Stopped."""
 
     def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
-        for token in logprobs.topk(count).indices.tolist():
+        possible = int(logprobs.isfinite().sum())
+        for token in logprobs.topk(min(count, possible)).indices.tolist():
             yield token, 1
 
-    found = _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, 1.0)
+    found = _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, stop)
     return sorted(found, key=lambda s: -s.logprob)
 
 
@@ -157,14 +170,17 @@ def _grow(
     root: _Branch,
     draw: Callable[[Tensor, int], Iterator[tuple[int, int]]],
     max_tokens: int,
-    temperature: float,
+    stop: threading.Event | None,
 ) -> list[Sample]:
     """Grow the tree a level at a time: `draw` yields the tokens that follow a branch, with their counts."""
     cache, fed = prefix.fork(), 0
     branches, logits = [root], prefix.logits
     done: list[Sample] = []
+    max_tokens = min(max_tokens, family.max_length - prefix.length)
     for depth in range(max_tokens):
-        logprobs = (_allowed(family, logits) / temperature).log_softmax(-1)
+        if stop and stop.is_set():
+            raise Stopped
+        logprobs = _allowed(family, logits).log_softmax(-1)
         children = []
         for branch, row in zip(branches, logprobs, strict=True):
             for token, count in draw(row, branch.count):

@@ -174,7 +174,8 @@ def retry_delay(error: APIError, attempt: int) -> float | None:
 
 def _is_transient(error: APIStatusError) -> bool:
     in_flight = error.status == 409 and error.code == "idempotency_in_flight"
-    return in_flight or error.status in (408, 429) or error.status >= 500
+    too_hard = error.code == "deadline_exceeded"  # it would take as long again
+    return in_flight or error.status in (408, 429) or (error.status >= 500 and not too_hard)
 
 
 def _to_json(body: Callable[[], Mapping[str, Any]]) -> bytes:

@@ -16,6 +16,10 @@ Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1,
 AdapterChoice = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
 
 
+MAX_ANSWER_TOKENS = 8192
+"""Most tokens that one open question may cost: the answers asked for times their length."""
+
+
 class Request(BaseModel):
     """Base of everything a client sends."""
 
@@ -82,6 +86,8 @@ class AnswerRequest(Request):
             raise ValueError("give a 'question', or 'candidate_labels' to choose from")
         if self.n > 1 and self.candidate_labels is not None:
             raise ValueError("'n' is for VQA: recognition already returns the whole distribution")
+        if self.candidate_labels is None and max(self.n, self.top_k or 1) * self.max_tokens > MAX_ANSWER_TOKENS:
+            raise ValueError(f"'n' or 'top_k' times 'max_tokens' may be at most {MAX_ANSWER_TOKENS}")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("'n' above 1 needs a 'temperature' above 0")
         return self

@@ -182,13 +182,17 @@ async def rollback(store: StoreDep, body: RollbackRequest, operator: OperatorDep
 async def reset(store: StoreDep, body: ResetRequest, operator: OperatorDep) -> VersionInfo:
     """Publish the weights of `to` as a new version and make it live; `base` unlearns everything."""
 
-    async def change() -> Manifest:
-        made = await asyncio.to_thread(lambda: store.reset(store.resolve(body.to)))
-        if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
-            await operator.services.buffer.purge()
-        return made
+    buffer = operator.services.buffer
 
-    return _version_info(await operator.act("adapter_reset", body.model_dump(), change()))
+    async def change() -> Manifest:
+        if body.purge_buffer and not (await buffer.status()).connected:
+            raise ServiceError("buffer_unavailable")  # before anything moves: the caller will try again
+        return await asyncio.to_thread(lambda: store.reset(store.resolve(body.to)))
+
+    made = await operator.act("adapter_reset", body.model_dump(), change())
+    if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
+        await operator.act("buffer_purged", {}, buffer.purge())
+    return _version_info(made)
 
 
 @router.post("/adaptation/pause")

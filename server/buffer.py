@@ -13,7 +13,7 @@ import asyncio
 import secrets
 import time
 from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from types import TracebackType
@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 import redis
 import redis.asyncio
 import structlog
+from pydantic import ValidationError
 from redis.backoff import NoBackoff
 from redis.exceptions import OutOfMemoryError, RedisError, ResponseError
 from redis.retry import Retry
+from redis.utils import str_if_bytes
 
 from servetune.adapters.types import Query
 from servetune.clients.types import BufferStatus, WorkerStatus
@@ -39,6 +41,7 @@ OUTCOMES = ("trained", "no_signal", "rejected")
 LEDGER = ("acked", *OUTCOMES, "dead", "expired", "withdrawn", "unconfirmed")
 """`unconfirmed` counts stored queries whose caller had stopped waiting; they are part of `acked`."""
 
+DURABLE = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
 CONNECTIONS = 16
 ANSWER_S = 1.0  # longest wait for one reply on the API's side
 RETRY_S = 1.0  # while Redis is down, one attempt per this time
@@ -55,6 +58,10 @@ class Skipped(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class BadBuffer(ValueError):
+    """The Redis URL or the buffer key cannot be used as given."""
 
 
 class BufferUnavailable(Exception):
@@ -134,15 +141,16 @@ class QueryBuffer:
 
     @classmethod
     def connect(cls, settings: Settings, redis_url: str) -> QueryBuffer:
-        """A buffer on the Redis at `redis_url`, which need not be up. ValueError: bad URL or bad key."""
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
-            redis_url,
-            max_connections=CONNECTIONS,
-            socket_timeout=ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        return cls(settings, redis.asyncio.Redis.from_pool(pool), Cipher(load_key(settings)))
+        """A buffer on the Redis at `redis_url`, which need not be up. Raises BadBuffer."""
+        with _configured():
+            pool = redis.asyncio.BlockingConnectionPool.from_url(
+                redis_url,
+                max_connections=CONNECTIONS,
+                socket_timeout=ANSWER_S,
+                socket_connect_timeout=ANSWER_S,
+                retry=Retry(NoBackoff(), 0),
+            )
+            return cls(settings, redis.asyncio.Redis.from_pool(pool), Cipher(load_key(settings)))
 
     async def put(self, query: Query, client: str) -> None:
         """Store the query for learning; on return it is durable. Raises Skipped.
@@ -186,7 +194,10 @@ class QueryBuffer:
             report = await self._shielded(self._command("GET", _key(self._settings, "worker")))
         except BufferUnavailable:
             report = None
-        return WorkerStatus.model_validate_json(report) if report else WorkerStatus(state="absent")
+        try:
+            return WorkerStatus.model_validate_json(report or b"")
+        except ValidationError:  # none, or one of another version of servetune
+            return WorkerStatus(state="absent")
 
     async def close(self) -> None:
         """Wait for what is being stored, then disconnect."""
@@ -217,8 +228,9 @@ class QueryBuffer:
         return "FCALL", "servetune_enqueue", 1, self._queries, query.id, digest, client_mark, sealed, *quota
 
     async def _count_unconfirmed(self, storing: asyncio.Task[str]) -> None:
-        if await storing == "":
-            await self._command("HINCRBY", _key(self._settings, "ledger"), "unconfirmed", 1)
+        with suppress(BufferUnavailable):
+            if await storing == "":
+                await self._command("HINCRBY", _key(self._settings, "ledger"), "unconfirmed", 1)
 
     async def _call(self, function: str, *args: str | int) -> Any:
         return await self._shielded(self._command("FCALL", f"servetune_{function}", 1, self._queries, *args))
@@ -249,7 +261,18 @@ class QueryBuffer:
         await self._redis.execute_command(
             "FCALL", "servetune_setup", 1, self._queries, self._cipher.fingerprint, 1
         )
+        await self._warn_if_volatile()
         self._ready = True
+
+    async def _warn_if_volatile(self) -> None:
+        """Say once that this Redis forgets what it acknowledged: its settings are its operator's to choose."""
+        try:
+            reply = await self._redis.execute_command("CONFIG GET", "appendonly", "maxmemory-policy")
+        except ResponseError:  # a managed Redis may not tell
+            return
+        found = {str_if_bytes(name): str_if_bytes(value) for name, value in reply.items()}
+        if found != DURABLE:
+            log.warning("buffer_not_durable", found=found, wanted=DURABLE)
 
 
 class QueryStream:
@@ -271,20 +294,20 @@ class QueryStream:
 
     @classmethod
     def connect(cls, settings: Settings, redis_url: str, consumer: str) -> QueryStream:
-        """A stream on the Redis at `redis_url`, which need not be up. ValueError: bad URL or bad key.
+        """A stream on the Redis at `redis_url`, which need not be up. Raises BadBuffer.
 
         `consumer` is for people; leases are held under a name that no other stream has.
         """
-        pool = redis.BlockingConnectionPool.from_url(
-            redis_url,
-            max_connections=CONNECTIONS,
-            socket_timeout=WORKER_ANSWER_S,
-            socket_connect_timeout=ANSWER_S,
-            retry=Retry(NoBackoff(), 0),
-        )
-        return cls(
-            settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), f"{consumer}:{secrets.token_hex(4)}"
-        )
+        with _configured():
+            pool = redis.BlockingConnectionPool.from_url(
+                redis_url,
+                max_connections=CONNECTIONS,
+                socket_timeout=WORKER_ANSWER_S,
+                socket_connect_timeout=ANSWER_S,
+                retry=Retry(NoBackoff(), 0),
+            )
+            name = f"{consumer}:{secrets.token_hex(4)}"
+            return cls(settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), name)
 
     def take(self, limit: int, block_s: float) -> list[Delivery]:
         """Up to `limit` queries: those whose lease ran out, else new ones.
@@ -370,6 +393,14 @@ class QueryStream:
         if found.decode() != fingerprint:  # else it would give up every query as unreadable
             raise BufferUnavailable("the API seals with another key: give both the same SERVETUNE_BUFFER_KEY")
         self._ready = True
+
+
+@contextmanager
+def _configured() -> Iterator[None]:
+    try:
+        yield
+    except ValueError as error:
+        raise BadBuffer(str(error)) from error
 
 
 @contextmanager

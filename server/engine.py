@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import math
 import secrets
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping
@@ -93,6 +94,7 @@ class Engine:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
         self._slots: dict[int, str] = {}  # resident version -> slot, least recently used first
         self._leases: Counter[int] = Counter()
+        self._running: set[threading.Event] = set()  # set one, and its generation ends
         self._waiting = 0
         self._loading = asyncio.Lock()
         self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
@@ -106,14 +108,16 @@ class Engine:
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
-        """Finish the generation under way and refuse further ones."""
+        """End the generation under way and refuse further ones."""
         if self._watcher:
             self._watcher.cancel()
+        for stop in self._running:
+            stop.set()
         await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
 
     def ready(self) -> bool:
         """Has `start` verified a version?"""
-        return self._watcher is not None and not self._watcher.done()
+        return self._watcher is not None
 
     async def ping(self) -> None:
         """A no-op through the engine's thread."""
@@ -137,18 +141,25 @@ class Engine:
             raise QueueFull
         asked = time.perf_counter()
         version = self.serving if choice == "live" else await asyncio.to_thread(self.store.resolve, choice)
+        stop = threading.Event()
         self._leases[version] += 1
         self._waiting += 1
         try:
             await self._make_resident(version)
-            job = self._thread.submit(self._answer, query, sampling, version)
+            # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
+            job = self._thread.submit(self._answer, query, sampling, self._slots.get(version), stop)
         except BaseException:
             self._release(version)
             raise
         # The lease ends when the thread is done with it, not when an impatient caller is.
         loop = asyncio.get_running_loop()
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, version))
-        found, input_tokens, began, ended = await asyncio.wrap_future(job)
+        self._running.add(stop)
+        try:
+            found, input_tokens, began, ended = await asyncio.wrap_future(job)
+        finally:
+            stop.set()  # whoever is cancelled or too late does not keep the model
+            self._running.discard(stop)
         return Outcome(
             text=found.text,
             confidence=found.confidence,
@@ -172,17 +183,19 @@ class Engine:
         self._leases[version] -= 1
 
     @torch.no_grad()
-    def _answer(self, query: Query, sampling: Sampling, version: int) -> tuple[_Found, int, float, float]:
+    def _answer(
+        self, query: Query, sampling: Sampling, slot: str | None, stop: threading.Event
+    ) -> tuple[_Found, int, float, float]:
         began = time.perf_counter()
-        self._policy.use(self._slots.get(version))
+        self._policy.use(slot)
         observation = self._policy.observe(query)
         prefix = self._policy.begin(observation)
         if query.labels:
             found = self._choose(prefix, query.labels, sampling.top_k)
         elif sampling.n > 1:
-            found = self._vote(prefix, sampling)
+            found = self._vote(prefix, sampling, stop)
         else:
-            found = self._speak(prefix, sampling)
+            found = self._speak(prefix, sampling, stop)
         return found, observation.prompt.length, began, time.perf_counter()
 
     def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int) -> _Found:
@@ -202,14 +215,14 @@ class Engine:
             entropy=_entropy(shares.tolist()),
         )
 
-    def _speak(self, prefix: Prefix, sampling: Sampling) -> _Found:
+    def _speak(self, prefix: Prefix, sampling: Sampling, stop: threading.Event) -> _Found:
         family = self._policy.family
         chosen = tree.sample(
-            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed)
+            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), stop
         )[0]
         scores = {family.text(chosen.tokens): math.exp(chosen.logprob)}
         if sampling.top_k > 1:
-            for other in tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens):
+            for other in tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, stop):
                 scores.setdefault(family.text(other.tokens), math.exp(other.logprob))
         text = family.text(chosen.tokens)
         ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
@@ -221,10 +234,10 @@ class Engine:
             output_tokens=len(chosen.tokens),
         )
 
-    def _vote(self, prefix: Prefix, sampling: Sampling) -> _Found:
+    def _vote(self, prefix: Prefix, sampling: Sampling, stop: threading.Event) -> _Found:
         family = self._policy.family
         samples = tree.sample(
-            family, prefix, sampling.n, sampling.max_tokens, sampling.temperature, _generator(sampling.seed)
+            family, prefix, sampling.n, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), stop
         )
         shares: dict[str, float] = defaultdict(float)
         spoken: dict[str, tuple[str, bool]] = {}
@@ -259,9 +272,9 @@ class Engine:
             return self.serving
         try:
             await self._make_resident(live.version)
-        except StoreError as error:
+        except (StoreError, RuntimeError) as error:  # torch raises RuntimeError, out of memory included
             self._refused = (live.generation, live.version)
-            log.error("swap_refused", version=version_name(live.version), code=error.code)
+            log.error("swap_refused", version=version_name(live.version), error=type(error).__name__)
         except QueueFull:
             pass  # all slots are leased: the swap waits, the requests do not
         else:
@@ -274,8 +287,8 @@ class Engine:
             await asyncio.sleep(self._settings.swap_poll_s)
             try:
                 await self.refresh()
-            except (OSError, StoreError) as error:  # a store that is away must not end the watch
-                log.error("store_unreadable", error=type(error).__name__)
+            except Exception as error:  # nothing that happens to a new version may end the serving of the old
+                log.error("refresh_failed", error=type(error).__name__)
 
     async def _make_resident(self, version: int) -> None:
         async with self._loading:

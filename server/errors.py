@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import Scope
 
+from servetune.adapters.family import PromptTooLong, UnusableImage
 from servetune.adapters.store import AliasMoved, CorruptVersion, NameTaken, StoreError, UnknownVersion
 from servetune.clients.types import Problem
 from servetune.server.buffer import BufferUnavailable
@@ -43,6 +44,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "unsupported_image": (415, "The image is neither JPEG, PNG nor WebP"),
     "invalid_request": (422, "A field is not valid"),
     "invalid_image": (422, "The image cannot be read"),
+    "prompt_too_long": (422, "The question and its images are too long"),
     "image_too_large": (422, "The image has too many pixels"),
     "image_url_disabled": (422, "Image addresses are switched off"),
     "image_url_refused": (422, "The image address was refused"),
@@ -124,6 +126,10 @@ def as_service_error(error: Exception) -> ServiceError:
             return ServiceError("adapter_corrupt")
         case StoreError():
             return ServiceError("internal_error")
+        case UnusableImage():
+            return ServiceError("invalid_image", str(error))
+        case PromptTooLong():
+            return ServiceError("prompt_too_long", str(error))
         case QueueFull():
             return ServiceError("queue_full")
         case TimeoutError():

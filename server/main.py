@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -18,27 +17,29 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import structlog
 import transformers
 import uvicorn
+from pydantic_settings import SettingsError
 
 from servetune.adapters.family import UnsupportedModel
 from servetune.adapters.store import StoreError
 from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
-from servetune.server.buffer import QueryBuffer, QueryStream
+from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
 from servetune.server.engine import SLOTS, Engine
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
-from servetune.server.valkey import EmbeddedValkey, ValkeyError
+from servetune.server.valkey import EmbeddedValkey, ValkeyError, try_lock
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
 EXAMPLE = Path("examples/images/fluent-emoji-flat/banana.png")  # in a clone of the repository
+LOCK_POLL_S = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
@@ -47,9 +48,9 @@ log = structlog.get_logger()
 
 def serve(**flags: Any) -> None:
     """Serve until interrupted. `flags` are fields of Settings that override environment and file."""
-    settings = Settings(**flags)
     _log_to_stderr()
     with _plain_refusals():
+        settings = Settings(**flags)
         check_bind(settings.host, bool(settings.api_keys))
         with _redis(settings) as redis_url:
             asyncio.run(_serve(settings, redis_url))
@@ -60,20 +61,19 @@ def worker(**flags: Any) -> None:
     from servetune.server.worker import SLOTS as WORKER_SLOTS
     from servetune.server.worker import Worker, yield_to_serving
 
-    settings = Settings(**flags)
     _log_to_stderr()
     yield_to_serving()
     stop = threading.Event()
     for name in STOP_SIGNALS:
         signal.signal(name, lambda *_: stop.set())
-    with _plain_refusals(), _only_worker(settings), _redis(settings) as redis_url:
-        policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
-        store = open_store(settings, policy)
-        stream = QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)
-        try:
-            Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl"))).run(stop)
-        finally:
-            stream.close()
+    with _plain_refusals():
+        settings = Settings(**flags)
+        with _only_worker(settings, stop), _redis(settings) as redis_url:
+            policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
+            store = open_store(settings, policy)
+            audit = AuditLog(settings.path("audit.jsonl"))
+            with closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream:
+                Worker(settings, policy, store, stream, audit).run(stop)
 
 
 async def _serve(settings: Settings, redis_url: str) -> None:
@@ -188,10 +188,12 @@ def _redis(settings: Settings) -> Iterator[str]:
 
 
 @contextmanager
-def _only_worker(settings: Settings) -> Iterator[None]:
+def _only_worker(settings: Settings, stop: threading.Event) -> Iterator[None]:
     """One worker per adapter and home; the second waits for the first to end."""
     with settings.path("store", f"{settings.adapter}.worker.lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        while not try_lock(file.fileno()):
+            if stop.wait(LOCK_POLL_S):
+                sys.exit(0)
         yield
 
 
@@ -200,7 +202,7 @@ def _plain_refusals() -> Iterator[None]:
     """End with a sentence where the operator can act on it, not with a traceback."""
     try:
         yield
-    except (UnsafeBind, UnsupportedModel, StoreError, ValkeyError) as refusal:
+    except (SettingsError, UnsafeBind, UnsupportedModel, BadBuffer, StoreError, ValkeyError) as refusal:
         sys.exit(f"servetune: {refusal}")
 
 

@@ -120,7 +120,7 @@ class EmbeddedValkey:
     def _keep(self) -> None:
         """Wait for the lock, then run the server until told to stop."""
         with open(self._folder / "lock", "wb") as lock:
-            while not _try_lock(lock.fileno()):
+            while not try_lock(lock.fileno()):
                 if self._stopping.wait(POLL_S):
                     return
             while not self._stopping.is_set():
@@ -194,7 +194,7 @@ def _major_version(binary: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -7,6 +7,7 @@ that a version names are not trained again.
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -60,7 +61,6 @@ class Worker:
         self._first_step = 0
         self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
-        self._finish_promotion()
         self._live = self._follow()
 
     def run(self, stop: threading.Event) -> None:
@@ -197,14 +197,19 @@ class Worker:
         log.info("published", version=version_name(version))
 
     def _finish_promotion(self) -> None:
-        """Promote what an earlier worker published and did not live to promote."""
-        live, newest = self._store.live(), self._store.manifest(self._store.versions()[-1])
-        left = newest.origin == "worker" and newest.parent == live.version and newest.generation == live.generation
-        if left and newest.version != live.version:
-            self._promote(newest.version, live.generation)
+        """Promote what was published for the present `live` when a crash or a full disk came between."""
+        live, promoted = self._store.live(), set(self._store.promoted())
+        for version in reversed(self._store.versions()):
+            if version in promoted:
+                continue
+            made = self._store.manifest(version)
+            if made.origin == "worker" and (made.parent, made.generation) == (live.version, live.generation):
+                self._promote(version, live.generation)
+                return
 
     def _follow(self) -> Alias:
         """Continue from what is live now, with its optimizer where it was kept."""
+        self._finish_promotion()
         live = self._store.live()
         weights = self._store.weights(live.version)
         self._policy.load(SLOTS[1], weights)
@@ -232,6 +237,7 @@ class Worker:
 
     def _note_step(self, metrics: StepMetrics) -> None:
         numbers = {**asdict(metrics)["values"], "groups": metrics.groups, "informative": metrics.informative}
+        numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self._learner.steps})
 
     def _report(self, state: str) -> None:

@@ -161,11 +161,13 @@ async def test_reset_publishes_and_serves_the_base_again(world: World, purge: bo
     assert len(world.buffer.kept) == (0 if purge else 1)
 
 
-async def test_a_reset_whose_purge_fails_says_so(world: World) -> None:
+async def test_a_reset_that_cannot_purge_changes_nothing_and_says_so(world: World) -> None:
     world.buffer.down = True
+    live = world.store.live()
     reply = await post(world, f"{ADAPTER}/reset", {"purge_buffer": True})
     assert refused(reply) == (503, "buffer_unavailable")
     assert newest(world).details["refused"] == "buffer_unavailable"
+    assert world.store.live() == live
 
 
 async def test_learning_is_paused_and_resumed(world: World) -> None:

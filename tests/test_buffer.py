@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import redis
+import structlog
 from PIL import Image
 
 from servetune.adapters.types import Query
@@ -499,3 +500,17 @@ async def test_cancelled_callers_never_mix_replies(server: EmbeddedValkey, setti
         ledger = await counts(buffer)
     assert ledger["acked"] == 201, "a caller that stops waiting does not stop the storing"
     assert 0 < ledger["unconfirmed"] < 201
+
+
+async def test_a_redis_that_forgets_is_named(tmp_path: Path, server: EmbeddedValkey, settings: Settings) -> None:
+    with redis.Redis.from_url(server.url) as client, structlog.testing.capture_logs() as logs:
+        async with open_buffer(settings, server.url) as buffer:
+            await buffer.status()
+        assert not [line for line in logs if line["event"] == "buffer_not_durable"]
+        client.config_set("appendonly", "no")
+        try:
+            async with open_buffer(settings, server.url) as buffer:
+                await buffer.status()
+        finally:
+            client.config_set("appendonly", "yes")
+    assert [line["found"]["appendonly"] for line in logs if line["event"] == "buffer_not_durable"] == ["no"]

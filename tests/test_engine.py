@@ -12,6 +12,7 @@ import torch
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore, Draft, UnknownVersion
+from servetune.adapters.tree import Stopped
 from servetune.adapters.types import Sampling
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
 from servetune.server.settings import Settings
@@ -166,3 +167,54 @@ async def test_a_cancelled_caller_leaves_no_lease(engine: Engine) -> None:
     await asyncio.sleep(0.05)
     assert engine.residency()[1] == {}
     assert (await engine.answer(query(), Sampling(max_tokens=2), "live")).version == 0
+
+
+async def test_a_generation_that_nobody_waits_for_ends(engine: Engine) -> None:
+    endless = Sampling(n=1, max_tokens=1024, temperature=0.0, top_k=200, seed=0)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.answer(query(), endless, "base"), 0.3)
+    async with asyncio.timeout(10):
+        await engine.ping()  # the thread is free again
+
+
+async def test_stopping_does_not_wait_for_a_long_generation(engine: Engine) -> None:
+    endless = Sampling(n=1, max_tokens=1024, temperature=0.0, top_k=200, seed=0)
+    asking = asyncio.create_task(engine.answer(query(), endless, "base"))
+    await asyncio.sleep(0.2)
+    async with asyncio.timeout(10):
+        await engine.stop()
+    with pytest.raises(Stopped):
+        await asking
+
+
+async def test_more_candidates_than_tokens_are_no_error(engine: Engine) -> None:
+    outcome = await engine.answer(
+        query(), Sampling(n=1, max_tokens=1, temperature=0.0, top_k=1000, seed=0), "base"
+    )
+    assert outcome.candidates
+
+
+async def test_scores_do_not_depend_on_the_temperature_that_was_drawn_at(engine: Engine) -> None:
+    cold = Sampling(n=1, max_tokens=3, temperature=0.0, top_k=1, seed=0)
+    cool = Sampling(n=1, max_tokens=3, temperature=0.01, top_k=1, seed=0)
+    one, other = [await engine.answer(query(), sampling, "base") for sampling in (cold, cool)]
+    assert one.text == other.text
+    assert one.confidence == pytest.approx(other.confidence)
+
+
+async def test_nothing_about_a_new_version_ends_the_watch(
+    engine: Engine, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(engine, "_load", run_out)
+    store.promote(publish(policy, store, 1))
+    await asyncio.sleep(0.2)
+    assert engine.ready()
+    assert (await engine.answer(query(), Sampling(), "live")).version == 0
+    monkeypatch.undo()
+    store.promote(publish(policy, store, 2))
+    async with asyncio.timeout(10):
+        while engine.serving != 2:
+            await asyncio.sleep(0.02)

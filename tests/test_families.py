@@ -16,10 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from servetune.adapters import tree
-from servetune.adapters.family import Family
+from servetune.adapters.family import Family, PromptTooLong, UnusableImage
 from servetune.adapters.policy import LoraSpec, Observation, Policy
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore, Draft
+from servetune.adapters.types import Query
 from tests.checkpoints import FAMILIES
 from tests.conftest import noise, query, stir
 
@@ -147,3 +148,29 @@ def test_a_label_is_scored_as_the_template_sets_an_answer(tiny: Path, template: 
     family.template = template or family.template
     ids = family.tokenizer(written, add_special_tokens=False)["input_ids"]
     assert family.tokens("cat") == (*ids, family.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+
+
+@pytest.mark.parametrize("label", ["<image>", "<image> cat", "<|im_end|>"])
+def test_a_label_that_spells_a_special_token_is_plain_text(tiny: Path, label: str) -> None:
+    policy = Policy(Family.load(str(tiny)), LoraSpec(4, 8), ("candidate",))
+    asked = query(labels=(label, "cat"))
+    with torch.no_grad():
+        logprobs = policy.label_logprobs(policy.begin(policy.observe(asked)), asked.labels)
+    assert logprobs.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(1, 300), (2000, 3)])
+def test_an_image_is_taken_or_refused_as_one(made: Policy, size: tuple[int, int]) -> None:
+    """Qwen's processors refuse long thin images; whoever sent one is told."""
+    asked = Query("q", (noise(size=size),), "what is this?")
+    if "Qwen" in type(made.family.model).__name__:
+        with pytest.raises(UnusableImage, match=f"{size[0]}x{size[1]}"):
+            made.observe(asked)
+    else:
+        made.observe(asked)
+
+
+def test_a_prompt_longer_than_the_model_is_refused(tiny: Path) -> None:
+    family = Family.load(str(tiny))
+    with pytest.raises(PromptTooLong, match=str(family.max_length)):
+        family.prompt([noise()], "what is this? " * family.max_length)

@@ -34,6 +34,8 @@ def test_an_image_has_three_forms(image):
     ("fields", "reason"),
     [
         ({"question": "q"}, "exactly one of 'image' and 'images'"),
+        ({"image": IMAGE, "question": "q", "top_k": 300, "max_tokens": 1024}, "times 'max_tokens'"),
+        ({"image": IMAGE, "question": "q", "n": 64, "temperature": 1, "max_tokens": 1024}, "times 'max_tokens'"),
         ({"image": IMAGE, "images": [IMAGE], "question": "q"}, "exactly one of"),
         ({"image": IMAGE}, "give a 'question'"),
         ({"image": IMAGE, "question": "   "}, "at least 1 character"),

@@ -315,3 +315,67 @@ async def test_it_outlives_its_redis_and_stops_when_told(
             working.join(10)
         assert not working.is_alive()
         assert await ledger(settings, server.url) == {"trained": BATCH}
+
+
+async def test_a_full_disk_between_publishing_and_promoting_is_made_good(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url)
+
+    def no_space(*_: Any, **__: Any) -> Any:
+        monkeypatch.undo()
+        raise OSError(28, "No space left on device")
+
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(AdapterStore, "promote", no_space)
+        stop = threading.Event()
+        working = threading.Thread(target=worker.run, args=(stop,))
+        working.start()
+        asked = {f"q_{number}" for number in range(BATCH)}
+        eventually(lambda: store.learned_from(asked) == asked, within_s=30)
+        time.sleep(LEASE_S)
+        stop.set()
+        working.join(20)
+    assert store.live().version == 1
+    assert store.versions() == [0, 1]
+
+
+async def test_only_what_was_live_counts_as_learned(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Killed after publishing, and the operator resets before the next worker comes: learn again."""
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(AdapterStore, "promote", die)
+        with pytest.raises(Killed):
+            worker.turn()
+        monkeypatch.undo()
+    store.reset()
+    time.sleep(LEASE_S * 1.1)
+    with at_work(settings, policy, store, valkey.url) as successor:
+        successor.turn()
+    made = store.manifest(store.live().version)
+    assert (made.origin, len(made.query_ids)) == ("worker", BATCH)
+    assert store.promoted() == [0, 2, 3]
+    assert await ledger(settings, valkey.url) == {"trained": BATCH}
+
+
+async def test_labels_that_spell_tokens_do_not_stop_learning(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    async with open_buffer(settings, valkey.url) as buffer:
+        await buffer.put(query(99, labels=("<image>", "cat", "a")), "mallory")
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+        worker.turn()
+    assert "rejected" not in await ledger(settings, valkey.url)
+    assert store.live().version >= 1
