@@ -113,7 +113,7 @@ class Gate:
         ]
         # `not low <= value <= high` also catches NaN.
         reasons = tuple(
-            f"{name} {metrics[name]:.3f} is beyond {low if metrics[name] < low else high:g}"
+            f"{name} {metrics[name]:.3f} is " + (f"below {low:g}" if metrics[name] < low else f"above {high:g}")
             for name, low, high in bounds
             if not low <= metrics[name] <= high
         )

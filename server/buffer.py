@@ -41,7 +41,7 @@ OUTCOMES = ("trained", "no_signal", "rejected")
 LEDGER = ("acked", *OUTCOMES, "dead", "expired", "withdrawn", "unconfirmed")
 """`unconfirmed` counts stored queries whose caller had stopped waiting; they are part of `acked`."""
 
-DURABLE = {"appendonly": "yes", "maxmemory-policy": "noeviction"}
+DURABLE = {"appendonly": "yes", "appendfsync": "always", "maxmemory-policy": "noeviction"}
 CONNECTIONS = 16
 ANSWER_S = 1.0  # longest wait for one reply on the API's side
 RETRY_S = 1.0  # while Redis is down, one attempt per this time
@@ -267,7 +267,7 @@ class QueryBuffer:
     async def _warn_if_volatile(self) -> None:
         """Say once that this Redis forgets what it acknowledged: its settings are its operator's to choose."""
         try:
-            reply = await self._redis.execute_command("CONFIG GET", "appendonly", "maxmemory-policy")
+            reply = await self._redis.execute_command("CONFIG GET", *DURABLE)
         except ResponseError:  # a managed Redis may not tell
             return
         found = {str_if_bytes(name): str_if_bytes(value) for name, value in reply.items()}

@@ -38,12 +38,16 @@ from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey, ValkeyError, try_lock
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
-EXAMPLE = Path("examples/images/fluent-emoji-flat/banana.png")  # in a clone of the repository
+EXAMPLE = Path("examples/images/fluent-emoji-flat/airplane.png")  # in a clone of the repository
 LOCK_POLL_S = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 
 log = structlog.get_logger()
+
+
+class CannotListen(Exception):
+    """The address is taken or not ours."""
 
 
 def serve(**flags: Any) -> None:
@@ -52,6 +56,7 @@ def serve(**flags: Any) -> None:
     with _plain_refusals():
         settings = Settings(**flags)
         check_bind(settings.host, bool(settings.api_keys))
+        _check_port(settings)  # before the model is loaded
         with _redis(settings) as redis_url:
             asyncio.run(_serve(settings, redis_url))
 
@@ -72,6 +77,7 @@ def worker(**flags: Any) -> None:
             policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
             store = open_store(settings, policy)
             audit = AuditLog(settings.path("audit.jsonl"))
+            log.info("worker_started", model=settings.model, adapter=settings.adapter, home=str(settings.home))
             with closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream:
                 Worker(settings, policy, store, stream, audit).run(stop)
 
@@ -144,6 +150,15 @@ async def _announce(server: _Server, settings: Settings) -> None:
     )
 
 
+def _check_port(settings: Settings) -> None:
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        socket.create_server((settings.host, settings.port), family=family).close()
+    except OSError as error:
+        where, why = f"{settings.host}:{settings.port}", os.strerror(error.errno or 0)
+        raise CannotListen(f"cannot listen on {where} ({why}): choose another --port") from None
+
+
 def _picture_to_try() -> str:
     return str(EXAMPLE) if EXAMPLE.exists() else "photo.png"
 
@@ -191,7 +206,9 @@ def _redis(settings: Settings) -> Iterator[str]:
 def _only_worker(settings: Settings, stop: threading.Event) -> Iterator[None]:
     """One worker per adapter and home; the second waits for the first to end."""
     with settings.path("store", f"{settings.adapter}.worker.lock").open("w") as file:
-        while not try_lock(file.fileno()):
+        if not (held := try_lock(file.fileno())):
+            log.info("waiting_for_other_worker", adapter=settings.adapter, home=str(settings.home))
+        while not (held or try_lock(file.fileno())):
             if stop.wait(LOCK_POLL_S):
                 sys.exit(0)
         yield
@@ -202,7 +219,15 @@ def _plain_refusals() -> Iterator[None]:
     """End with a sentence where the operator can act on it, not with a traceback."""
     try:
         yield
-    except (SettingsError, UnsafeBind, UnsupportedModel, BadBuffer, StoreError, ValkeyError) as refusal:
+    except (
+        CannotListen,
+        SettingsError,
+        UnsafeBind,
+        UnsupportedModel,
+        BadBuffer,
+        StoreError,
+        ValkeyError,
+    ) as refusal:
         sys.exit(f"servetune: {refusal}")
 
 

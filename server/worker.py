@@ -30,7 +30,7 @@ from servetune.server.settings import Settings
 SLOTS = ("candidate", "live")
 POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
 RETRY_S = 2.0  # after Redis or the disk failed
-RETREATS = 2
+RETREATS = 3
 NOWHERE = Alias(BASE, -1)  # never equal to what is live, so the next turn follows anew
 
 log = structlog.get_logger()
@@ -162,7 +162,7 @@ class Worker:
         self._first_step = self._learner.steps
 
     def _judge(self) -> Verdict:
-        """The gate's verdict on the candidate; one that went too far is tried at half its way, and again."""
+        """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly."""
         verdict = self._gate.judge()
         for _ in range(RETREATS):
             if verdict.accepted or not verdict.metrics:  # without metrics: not finite, and no way leads back
