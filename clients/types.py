@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
 
 Task = Literal["vqa", "recognition"]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
@@ -71,6 +71,11 @@ class AnswerRequest(Request):
     adapt: bool = Field(True, description="may this query be kept for learning?")
     stream: Literal[False] = False
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _null_is_live(cls, value: object) -> object:
+        return "live" if value is None else value
 
     @model_validator(mode="after")
     def _consistent(self) -> AnswerRequest:

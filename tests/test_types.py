@@ -65,3 +65,8 @@ def test_whatever_a_snapshot_may_be_called_can_be_asked_for():
 def test_an_older_server_need_not_say_what_it_serves():
     fields = ("version", "model", "base_digest", "adapter", "engine", "device", "dtype")
     assert Info.model_validate({**dict.fromkeys(fields, "x"), "limits": {}}).serving is None
+
+
+def test_no_choice_of_an_adapter_is_live():
+    asked = AnswerRequest.model_validate({"image": IMAGE, "question": "what?", "adapter": None})
+    assert asked.adapter == "live"
