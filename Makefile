@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPES := .cache/types/servetune
-FOLDERS := server adapters clients nano
+FOLDERS := server adapters clients nano evals
 
 .PHONY: setup serve test check format lint types demo bench nano clean
 

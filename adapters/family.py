@@ -60,6 +60,15 @@ class Prompt:
         return int(self.inputs["input_ids"].shape[1])
 
 
+@dataclass(frozen=True, slots=True)
+class TokenTree:
+    """Continuations of a prompt that share their beginnings: M tokens, parents before children."""
+
+    tokens: Tensor  # (M,) ids
+    depths: Tensor  # (M,) 0 right after the prompt
+    visible: Tensor  # (M, M) True where a token sees itself or an ancestor
+
+
 @dataclass(slots=True)
 class Prefix:
     """A prompt after its forward pass, to be extended by any number of continuations.
@@ -157,10 +166,20 @@ class Family:
         inputs = {name: value for name, value in prompt.inputs.items() if name in takes and name not in _TEXT}
         return {"image": self.model.get_image_features(**inputs, return_dict=True)}
 
+    def without_pixels(self, prompt: Prompt) -> Prompt:
+        """A prompt that can still be prefilled with its features, at a fraction of the memory."""
+        return Prompt({name: value for name, value in prompt.inputs.items() if name not in _PIXELS})
+
+    def without_hidden(self, features: dict[str, Any]) -> dict[str, Any]:
+        """Vision features without the tower's own states, which no decoder looks at."""
+        output = features["image"]
+        kept = {name: value for name, value in output.items() if name not in _HIDDEN}
+        return {"image": type(output)(**kept)}
+
     def prefill(self, prompt: Prompt, features: dict[str, Any]) -> Prefix:
         """One forward pass over the prompt; differentiable in the adapter's weights."""
         cache = DynamicCache(config=self.model.config.get_text_config())
-        inputs = {name: value for name, value in prompt.inputs.items() if name not in _PIXELS}
+        inputs = self.without_pixels(prompt).inputs
         # The model writes into the dict that it is given.
         output = self.model(
             **inputs,
@@ -197,6 +216,52 @@ class Family:
             use_cache=True,
         )
         return output.logits[0].float()  # type: ignore[no-any-return]
+
+    def extend_each(self, prompts: Sequence[tuple[Prompt, dict[str, Any]]], trees: Sequence[TokenTree]) -> Tensor:
+        """Several prompts of their own lengths, each with a tree of continuations, in one pass.
+
+        It feeds the decoder directly, with plain positions 0, 1, 2...; `tree.packs` tells which family allows it.
+
+        Returns:
+            (B, 1 + M, V) float32 logits after each prompt and after each of its M tree tokens, zero where padded.
+        """
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        rows = [
+            self._embedded(prompt, features, tree) for (prompt, features), tree in zip(prompts, trees, strict=True)
+        ]
+        total = max(len(row) for row in rows)
+        device, dtype = rows[0].device, rows[0].dtype
+        inputs = torch.stack([nn.functional.pad(row, (0, 0, 0, total - len(row))) for row in rows])
+        positions = torch.zeros(len(rows), total, dtype=torch.long)
+        mask = torch.eye(total, dtype=torch.bool).repeat(len(rows), 1, 1)
+        places = torch.zeros(len(rows), 1 + max(len(tree.tokens) for tree in trees), dtype=torch.long)
+        for row, ((prompt, _), tree) in enumerate(zip(prompts, trees, strict=True)):
+            length, end = prompt.length, prompt.length + len(tree.tokens)
+            positions[row, :length] = torch.arange(length)
+            positions[row, length:end] = length + tree.depths
+            mask[row, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
+            mask[row, length:end, :length] = True
+            mask[row, length:end, length:end] = tree.visible
+            places[row, : end - length + 1] = torch.arange(length - 1, end)
+        attention = (
+            torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None].to(device)
+        )
+        hidden = decoder(
+            inputs_embeds=inputs, attention_mask=attention, position_ids=positions.to(device), use_cache=False
+        ).last_hidden_state
+        wanted = places.to(device)[..., None].expand(-1, -1, hidden.shape[-1])
+        return head(hidden.gather(1, wanted)).float()  # type: ignore[no-any-return]
+
+    def _embedded(self, prompt: Prompt, features: dict[str, Any], tree: TokenTree) -> Tensor:
+        """(T, D) input embeddings of a prompt, its image features in place, and its tree."""
+        embed = self.model.get_input_embeddings()
+        ids = prompt.inputs["input_ids"][0]
+        seen = image_tokens(features)
+        embedded = embed(torch.cat([ids, tree.tokens.to(ids.device)]))
+        where = torch.isin(ids, self.forbidden.to(ids.device)).nonzero()[:, 0]
+        if len(where) != len(seen):
+            raise ValueError(f"{len(seen)} image features for {len(where)} places")
+        return embedded.index_copy(0, where, seen.to(embedded.dtype))  # type: ignore[no-any-return]
 
     def tokens(self, answer: str) -> tuple[int, ...]:
         """Token ids of an answer as the model would write it after the prompt, end token included."""
@@ -277,7 +342,15 @@ class Family:
         return text
 
 
+def image_tokens(features: dict[str, Any]) -> Tensor:
+    """(T, D) the vision features of a prompt, one row per image token."""
+    found = features["image"].pooler_output
+    parts = list(found) if isinstance(found, (list, tuple)) else [found]
+    return torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+
+
 _TEXT = frozenset({"input_ids", "attention_mask", "mm_token_type_ids"})
+_HIDDEN = frozenset({"last_hidden_state", "hidden_states", "attentions"})
 _PIXELS = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images"})
 
 

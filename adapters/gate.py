@@ -19,10 +19,14 @@ from torch import Tensor
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.types import Query, Verdict
+from servetune.adapters.views import SAME
 
 KL_SAMPLES = 8
+MIN_WITNESSES = 12
+SHORT_LIST = 12  # answers among which a witness's is looked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,8 @@ class Limits:
 
     `min_valid`: valid-answer rate, as a share of the base's. `min_distinct`: number of different answers, as
     a share of the base's. `min_unshown`: probability of labels that the recent stream has not shown, on images
-    that show nothing, as a share of the base's.
+    that show nothing, as a share of the base's. `min_witness`: change of the probability given to what the votes
+    say on queries that were never learned from, against base and against live; few witnesses are not heard.
     """
 
     max_kl_base: float = 1.0
@@ -39,6 +44,7 @@ class Limits:
     min_valid: float = 0.9
     min_distinct: float = 0.6
     min_unshown: float = 0.5
+    min_witness: float = -0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,18 +98,19 @@ class Gate:
     @torch.no_grad()
     def remember(self, queries: Sequence[Query]) -> None:
         """Keep queries for the replay and note which labels the live adapter sees in them."""
-        for query in queries:
-            observation = self.policy.observe(query)
-            self._replay.append(_Replayed(query, observation, self._view(None, query, observation)))
-            if query.labels:
-                self._shown.append(self._view(self.live, query, observation).answer)
+        observations = [self.policy.keep(self.policy.observe(query)) for query in queries]
+        base = self._views(None, queries, observations)
+        self._replay.extend(map(_Replayed, queries, observations, base))
+        closed = [(query, seen) for query, seen in zip(queries, observations, strict=True) if query.labels]
+        live = self._views(self.live, [query for query, _ in closed], [seen for _, seen in closed])
+        self._shown.extend(view.answer for view in live)
 
     @torch.no_grad()
-    def judge(self) -> Verdict:
+    def judge(self, witnesses: Sequence[Lesson] = ()) -> Verdict:
         """Compare the candidate with live and base; never raises for a bad candidate, says why instead."""
         if not all(torch.isfinite(p).all() for p in self.policy.parameters(self.candidate).values()):
             return Verdict(False, ("weights are not finite",), {})
-        metrics, limits = self._measure(), self.limits
+        metrics, limits = self._measure() | self._hear(witnesses), self.limits
         bounds = [
             ("kl_base", -math.inf, limits.max_kl_base),
             ("kl_step", -math.inf, limits.max_kl_step),
@@ -111,6 +118,8 @@ class Gate:
             ("distinct", limits.min_distinct, math.inf),
             ("unshown", limits.min_unshown, math.inf),
         ]
+        if metrics["witnesses"] >= MIN_WITNESSES:
+            bounds += [(name, limits.min_witness, math.inf) for name in ("witness_base", "witness_live")]
         # `not low <= value <= high` also catches NaN.
         reasons = tuple(
             f"{name} {metrics[name]:.3f} is " + (f"below {low:g}" if metrics[name] < low else f"above {high:g}")
@@ -120,7 +129,10 @@ class Gate:
         return Verdict(not reasons, reasons, metrics)
 
     def _measure(self) -> dict[str, float]:
-        found = [self._compare(one) for one in self._replay]
+        queries, observations = [r.query for r in self._replay], [r.observation for r in self._replay]
+        ours = self._views(self.candidate, queries, observations)
+        live = self._views(self.live, queries, observations)
+        found = [self._compare(*each) for each in zip(self._replay, ours, live, strict=True)]
         base = [one.base for one in found]
         candidate = [one.candidate for one in found]
         return {
@@ -132,26 +144,58 @@ class Gate:
             "replay": float(len(found)),
         }
 
-    def _compare(self, one: _Replayed) -> _Comparison:
-        candidate = self._view(self.candidate, one.query, one.observation)
+    def _hear(self, witnesses: Sequence[Lesson]) -> dict[str, float]:
+        """How much likelier the candidate finds what untaught queries were voted to be than base and live do."""
+        if not witnesses:
+            return {"witnesses": 0.0}
+        base = [float(w.ballot.scores[SAME].exp()[int(w.target.argmax())]) for w in witnesses]
+        ours, live = (self._agreement(slot, witnesses) for slot in (self.candidate, self.live))
+        return {
+            "witness_base": fmean(ours) - fmean(base),
+            "witness_live": fmean(ours) - fmean(live),
+            "witnesses": float(len(witnesses)),
+        }
+
+    def _agreement(self, slot: str, witnesses: Sequence[Lesson]) -> list[float]:
+        self.policy.use(slot)
+        scored = self.policy.score_each(
+            [lesson.ballot.observations[SAME] for lesson in witnesses],
+            [_short_list(lesson) for lesson in witnesses],
+        )
+        return [float(logprobs.softmax(-1)[0]) for logprobs in scored]
+
+    def _compare(self, one: _Replayed, candidate: _View, live: _View) -> _Comparison:
         if candidate.logprobs is None:
             kl_base, kl_step = self._sampled_divergences(one.observation)
         else:
-            live = self._view(self.live, one.query, one.observation)
             kl_base, kl_step = (_divergence(candidate, other) for other in (one.base, live))
         return _Comparison(one.base, candidate, kl_base, kl_step)
 
-    def _view(self, slot: str | None, query: Query, observation: Observation) -> _View:
+    def _views(
+        self, slot: str | None, queries: Sequence[Query], observations: Sequence[Observation]
+    ) -> list[_View]:
+        """What a slot answers; queries with the same labels are scored together."""
         self.policy.use(slot)
+        found: dict[int, _View] = {}
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for index, query in enumerate(queries):
+            kinds.setdefault(query.labels, []).append(index)
+        for labels, places in kinds.items():
+            if not labels:
+                found |= {index: self._open_view(observations[index]) for index in places}
+                continue
+            scored = self.policy.likely_labels([observations[index] for index in places], labels)
+            for index, logprobs in zip(places, scored, strict=True):
+                # How much of its free speech the model spends on the labels is its valid-answer rate.
+                valid = float(logprobs.exp().sum().clamp(max=1.0))
+                found[index] = _View(labels[int(logprobs.argmax())], valid, logprobs.log_softmax(-1))
+        return [found[index] for index in range(len(queries))]
+
+    def _open_view(self, observation: Observation) -> _View:
         prefix = self.policy.begin(observation)
-        if not query.labels:
-            sample = tree.sample(self.policy.family, prefix, 1, self.max_tokens, temperature=0.0)[0]
-            answer = canonical(self.policy.family.text(sample.tokens)) if sample.finished else ""
-            return _View(answer, float(bool(answer)))
-        logprobs = self.policy.label_logprobs(prefix, query.labels)
-        # How much of its free speech the model spends on the labels is its valid-answer rate.
-        valid = float(logprobs.exp().sum().clamp(max=1.0))
-        return _View(query.labels[int(logprobs.argmax())], valid, logprobs.log_softmax(-1))
+        sample = tree.sample(self.policy.family, prefix, 1, self.max_tokens, temperature=0.0)[0]
+        answer = canonical(self.policy.family.text(sample.tokens)) if sample.finished else ""
+        return _View(answer, float(bool(answer)))
 
     def _sampled_divergences(self, observation: Observation) -> tuple[float, float]:
         """KL(candidate || base) and KL(candidate || live) by the k3 estimate over the candidate's answers."""
@@ -180,13 +224,21 @@ class Gate:
         for image in _images_of_nothing():
             blank = Query("blank", (image,), query.question, query.labels)
             observation = self.policy.observe(blank)
-            ours, base = (self._mass(slot, blank, observation, unshown) for slot in (self.candidate, None))
-            kept.append(_share(ours, base))
+            ours, base = (self._views(slot, [blank], [observation])[0] for slot in (self.candidate, None))
+            kept.append(_share(_mass(ours, unshown), _mass(base, unshown)))
         return fmean(kept)
 
-    def _mass(self, slot: str | None, query: Query, observation: Observation, labels: list[int]) -> float:
-        logprobs = self._view(slot, query, observation).logprobs
-        return 0.0 if logprobs is None else float(logprobs[labels].exp().sum())
+
+def _short_list(lesson: Lesson) -> list[tuple[int, ...]]:
+    """The voted answer first, then those that come near it in the vote or in the reference."""
+    ballot = lesson.ballot
+    near = lesson.target + ballot.scores[SAME].exp()
+    near[int(lesson.target.argmax())] = math.inf
+    return [ballot.tokens[index] for index in near.topk(min(SHORT_LIST, len(near))).indices.tolist()]
+
+
+def _mass(view: _View, labels: list[int]) -> float:
+    return 0.0 if view.logprobs is None else float(view.logprobs[labels].exp().sum())
 
 
 def _divergence(ours: _View, theirs: _View) -> float:

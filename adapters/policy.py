@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -24,6 +24,9 @@ from servetune.adapters.types import Query
 
 Part = Literal["language", "vision", "all"]
 PROBE_SIZE = 32
+LIKELY = 6.0  # nats below the best label at which another no longer matters
+UNLIKELY = 10.0  # and where it is put then
+Tokens = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +162,57 @@ class Policy:
         prompt = self.family.prompt(query.images, query.question)
         return Observation(prompt, self.family.see(prompt))
 
+    def keep(self, observation: Observation) -> Observation:
+        """An observation fit to be kept: only what a later pass needs.
+
+        Where the adapter leaves the vision tower alone, these are the projected features and not the pixels.
+        """
+        if self.spec.part != "language":
+            return replace(observation, features={})
+        return Observation(
+            self.family.without_pixels(observation.prompt), self.family.without_hidden(observation.features)
+        )
+
     def begin(self, observation: Observation) -> Prefix:
         """Forward the prompt once with the active adapter; differentiable unless under no_grad."""
         features = observation.features
         if self.spec.part != "language":  # the adapter acts on vision too: cached features would be stale
             features = self.family.see(observation.prompt)
         return self.family.prefill(observation.prompt, features)
+
+    def score_each(self, observations: Sequence[Observation], sequences: Sequence[Tokens]) -> list[Tensor]:
+        """Per observation the (N,) log-probabilities of whole answers, differentiable, packed where possible."""
+        if self.spec.part != "language":
+            observations = [replace(one, features=self.family.see(one.prompt)) for one in observations]
+        return tree.score_each(self.family, [(one.prompt, one.features) for one in observations], sequences)
+
+    @torch.no_grad()
+    def likely_labels(self, observations: Sequence[Observation], labels: Sequence[str]) -> Tensor:
+        """(B, L) log-probabilities of labels, exact for all that matter.
+
+        A label is at most as likely as its first token, so much of a long list is decided without being scored: a
+        label whose bound lies LIKELY nats below the best one is put UNLIKELY nats below it.
+        """
+        tokens = [self.family.tokens(label) for label in labels]
+        opening = {own[0]: None for own in tokens}
+        firsts = self.score_each(observations, [[(first,) for first in opening]] * len(observations))
+        place = {first: column for column, first in enumerate(opening)}
+        columns = torch.tensor([place[own[0]] for own in tokens])
+        found = torch.stack(firsts).cpu()[:, columns]  # upper bounds
+        exact = torch.zeros_like(found, dtype=torch.bool)
+        wanted = found >= found.max(-1, keepdim=True).values - LIKELY
+        while bool(wanted.any()):
+            rows = wanted.any(-1).nonzero()[:, 0].tolist()
+            chosen = [wanted[row].nonzero()[:, 0].tolist() for row in rows]
+            scored = self.score_each(
+                [observations[row] for row in rows], [[tokens[c] for c in each] for each in chosen]
+            )
+            for row, each, logprobs in zip(rows, chosen, scored, strict=True):
+                found[row, each] = logprobs.cpu()
+                exact[row, each] = True
+            best = torch.where(exact, found, -torch.inf).max(-1, keepdim=True).values
+            wanted = ~exact & (found > best - LIKELY)
+        return torch.where(exact, found, best - UNLIKELY)
 
     def label_logprobs(self, prefix: Prefix, labels: Sequence[str]) -> Tensor:
         """(L,) log-probability that the whole answer is exactly this label, end token included."""

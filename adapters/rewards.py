@@ -86,17 +86,24 @@ def valid_only(votes: Votes) -> list[float]:
     return [float(bool(answer)) for answer in votes.answers]
 
 
+def log_share(votes: Votes) -> list[float]:
+    """log p(y): raising its mean lowers the entropy of the answers (TENT, arXiv 2006.10726, for a policy)."""
+    return [math.log(share) if share > 0 else 0.0 for share in votes.shares]
+
+
 REWARDS: dict[str, Callable[[Votes], list[float]]] = {
-    "default": frequency,
+    "frequency": frequency,
     "ttrv": ttrv,
     "released": released,
     "majority": majority,
     "format-only": valid_only,
+    "entropy": log_share,
+    "self-training": majority,
 }
 
 
 def confidence_weight(votes: Votes) -> float:
-    """Weight of a group in the default learner, 1 - alpha * H / log M.
+    """Weight of a group in the `frequency` learner, 1 - alpha * H / log M.
 
     Entropy multiplies the whole group's advantages instead of being added to its rewards, so that a group
     that is torn between answers moves the weights less: TTRV's second reward in a form that does not cancel.

@@ -1,18 +1,24 @@
-"""From a query to a group: what the policy answers, how it votes, and what it saw."""
+"""From a query to a group of rollouts, or to a ballot: what is answered, how likely, and what was seen."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
-from servetune.adapters.family import Prefix
+from servetune.adapters.family import Prefix, image_tokens
+from servetune.adapters.memory import Ballot
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.rewards import Votes, count_votes
 from servetune.adapters.types import Query, Rollouts
+from servetune.adapters.views import SAME, look
+
+MAX_ANSWERS = 16
+"""Answers of an open question that are voted on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +54,71 @@ def roll_out(
         samples = tree.sample(policy.family, prefix, num, max_tokens, generator=generator)
         rollouts = _sampled(policy, samples, num, version)
     return Group(query, observation, rollouts, count_votes(rollouts))
+
+
+@torch.no_grad()
+def cast_ballot(
+    policy: Policy,
+    query: Query,
+    views: Sequence[str],
+    num: int,
+    max_tokens: int,
+    generator: torch.Generator,
+    measured: bool,
+) -> Ballot | None:
+    """Let the reference answer a query in several views.
+
+    The answers are the labels of a closed set, else the distinct valid answers among `num` rollouts, drawn in all
+    views together. The reference then scores every answer in every view. It votes, and not the adapter, so that
+    what was learned yesterday is no evidence for itself.
+
+    Returns:
+        the ballot; None where there was no valid answer.
+    """
+    with policy.reference():
+        looks = {
+            name: tuple(look(name, image, query.question, query.id) for image in query.images) for name in views
+        }
+        seen = {name: policy.observe(replace(query, images=images)) for name, images in looks.items()}
+        observations = list(seen.values())
+        if query.labels:
+            answers, valid = query.labels, 1.0
+            logprobs = policy.likely_labels(observations, answers)  # (V, L)
+            tokens = tuple(policy.family.tokens(label) for label in answers)
+        else:
+            found, valid = _draw(policy, observations, num, max_tokens, generator)
+            if not found:
+                return None
+            answers, tokens = tuple(found), tuple(found.values())
+            logprobs = torch.stack(policy.score_each(observations, [tokens] * len(observations))).cpu()
+    return Ballot(
+        query=query,
+        answers=answers,
+        tokens=tokens,
+        scores=dict(zip(views, logprobs.log_softmax(-1), strict=True)),
+        observations={name: policy.keep(one) for name, one in seen.items()},
+        embedding=image_tokens(seen[SAME].features).float().mean(0).cpu(),
+        valid=valid,
+        measured=measured,
+    )
+
+
+def _draw(
+    policy: Policy, observations: Sequence[Observation], num: int, max_tokens: int, generator: torch.Generator
+) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The commonest valid answers in any view, with their likeliest spelling, and the share of valid ones."""
+    each = max(2, num // len(observations))
+    counts: Counter[str] = Counter()
+    spelling: dict[str, tree.Sample] = {}
+    for observation in observations:
+        for sample in tree.sample(policy.family, policy.begin(observation), each, max_tokens, generator=generator):
+            answer = canonical(policy.family.text(sample.tokens)) if sample.finished else ""
+            counts[answer] += sample.count
+            if answer not in spelling or sample.logprob > spelling[answer].logprob:
+                spelling[answer] = sample
+    total = counts.total()
+    valid = 1 - counts.pop("", 0) / total
+    return {answer: spelling[answer].tokens for answer, _ in counts.most_common(MAX_ANSWERS)}, valid
 
 
 def _sampled(policy: Policy, samples: list[tree.Sample], num: int, version: int) -> Rollouts:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -11,16 +12,32 @@ import torch
 from torch import Tensor
 
 from servetune.adapters import tree
+from servetune.adapters.consensus import view_weights
 from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
+from servetune.adapters.memory import Ballot, Lesson, Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rewards import REWARDS, confidence_weight
-from servetune.adapters.rollouts import Group, roll_out
+from servetune.adapters.rollouts import Group, cast_ballot, roll_out
 from servetune.adapters.types import Query, StepMetrics
+from servetune.adapters.views import SAME, safe_views
+
+WITNESS_EVERY = 8  # every so many queries one is never learned from
+NUM_WITNESSES = 64  # as many of them are asked
+MEASURE_EVERY = 4  # every so many queries all views are tried, to know what each is worth
+REPLAYED = 0.5  # share of the update budget that is spent as queries come; the rest when nothing waits
+FINISHED = 0.02  # mean nats between votes and answers below which there is nothing to learn
+MAX_TAUGHT = 12  # answers of one query that take part in a step
 
 
 @dataclass(frozen=True, slots=True)
 class LearnerConfig:
-    """How to learn. `reward` names one of `rewards.REWARDS`, or `random`, the control.
+    """How to learn. `reward` is `consensus`, the default, one of `rewards.REWARDS`, or `random`, the control.
+
+    `consensus` votes over views, neighbours and the stream (`memory`): `num_views` looks at each query,
+    `batch_size` queries in a gradient step, each query in `update_budget` steps at most, replayed from the last
+    `memory_size`. Nothing is learned from answers with less than `min_information` nats about the images.
+    `average` is the decay per step of the moving average of the weights, which is what is published.
+    The other rewards are those of one group of rollouts.
 
     `agreement` is the band of the majority's share in which a group teaches anything: below it the query is
     hopeless, above it finished. `exact` uses the whole distribution over a closed set of labels instead of
@@ -28,7 +45,7 @@ class LearnerConfig:
     how little it is torn; `per_token` averages over an answer's tokens instead of summing them.
     """
 
-    reward: str = "default"
+    reward: str = "consensus"
     num_rollouts: int = 32
     max_tokens: int = 32
     learning_rate: float = 1e-3
@@ -41,16 +58,27 @@ class LearnerConfig:
     scale: bool = False
     confidence: bool = True
     per_token: bool = False
+    num_views: int = 8
+    batch_size: int = 16
+    update_budget: int = 6
+    memory_size: int = 1024
+    min_information: float = 0.1
+    average: float = 0.9
 
     @classmethod
     def named(cls, learner: str, **chosen: Any) -> LearnerConfig:
-        """The default learner, or the published form under another reward.
+        """The default learner, `frequency` (exact votes of single groups), or the published form under a reward.
 
         The published form draws labels, divides by the standard deviation, averages over tokens, weighs all
         groups alike and learns from every group with a signal (arXiv 2510.06783; `released`: the authors' code).
         """
         if learner == "default":
             return cls(**chosen)
+        if learner == "frequency":
+            return cls(reward=learner, **chosen)
+        if learner in ("entropy", "self-training"):  # baselines of the evaluation
+            sure = (0.9, 1.0) if learner == "self-training" else (0.0, 1.0)
+            return cls(reward=learner, confidence=False, agreement=sure, **chosen)
         if learner == "released":
             chosen = {**chosen, "kl_coefficient": 0.001}
         published = cls(
@@ -60,32 +88,48 @@ class LearnerConfig:
 
 
 class Learner:
-    """Owns the optimizer of one slot of a policy."""
+    """Owns the optimizer of one slot of a policy, and the memory of what it was lately asked."""
 
     def __init__(self, policy: Policy, config: LearnerConfig, slot: str = "candidate", seed: int = 0) -> None:
         self.policy = policy
         self.config = config
         self.slot = slot
         self.steps = 0
+        self.memory = Memory(config.memory_size)
         self._generator = torch.Generator().manual_seed(seed)
         self._parameters = policy.parameters(slot)
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=config.learning_rate, weight_decay=0.0)
+        self.truths: Mapping[str, str] = {}  # answers by query id, for the `oracle` of an evaluation alone
+        self._average = policy.weights(slot)
+        self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
+        self._asked = 0
+        self._pending: list[Lesson] = []
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether remembered queries may still take part in steps."""
+        return bool(self._pending)
 
     def step(self, queries: Sequence[Query], version: int) -> tuple[StepMetrics, list[Query]]:
-        """Learn from a batch.
+        """Learn from a batch; from what is remembered when it is empty.
 
         Returns:
-            the step's metrics and the queries that had a signal; with none the weights are untouched.
+            the metrics and the queries of the batch that had a signal; without a signal the weights are untouched.
         """
         self.policy.use(self.slot)
+        if self.config.reward == "consensus":
+            return self._replay(queries)
         groups = [self._roll_out(query, version) for query in queries]
         informative = [group for group in groups if self._teaches(group)]
         values = _describe(groups)
         if informative:
-            values |= self._update(informative)
-            self.steps += 1
+            values |= self._update_groups(informative)
         metrics = StepMetrics(len(groups), len(informative), values)
         return metrics, [group.query for group in informative]
+
+    def witnesses(self) -> list[Lesson]:
+        """The votes on recent queries that were never learned from: what they agree on is news to the adapter."""
+        return [lesson for lesson in self.memory.lessons() if lesson.ballot.witness][-NUM_WITNESSES:]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the weights and of the optimizer's state, both by flat names."""
@@ -95,9 +139,21 @@ class Learner:
                 moments[f"{name}:{key}"] = value.detach().clone()
         return self.policy.weights(self.slot), moments
 
+    def propose(self) -> None:
+        """Put the moving average of the weights into the slot, as the candidate; `proceed` takes it back."""
+        self._ahead = self.policy.weights(self.slot)
+        self.policy.load(self.slot, self._average)
+
+    def proceed(self) -> None:
+        """Go on from where the steps had got to before `propose`."""
+        if self._ahead is not None:
+            self.policy.load(self.slot, self._ahead)
+            self._ahead = None
+
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
         """Go back to a state; without moments the optimizer starts afresh."""
         self.policy.load(self.slot, weights)
+        self._average, self._ahead = self.policy.weights(self.slot), None
         self._optimizer.state.clear()
         for name, value in moments.items():
             kind, key = name.split(":", 1)
@@ -107,10 +163,139 @@ class Learner:
                 "cpu" if kind == "step" else parameter.device
             )
 
+    def forget(self, ids: Iterable[str] | None = None) -> None:
+        """Never replay some queries again, or any."""
+        self.memory.forget(ids)
+        self._pending = self._open(self.memory.lessons())
+
     def retreat(self, towards: Mapping[str, Tensor]) -> None:
-        """Go half of the way back to other weights; the optimizer keeps its state."""
+        """Go half of the way back to other weights, and on from there; the optimizer keeps its state."""
         ours = self.policy.weights(self.slot)
-        self.policy.load(self.slot, {key: (value + towards[key].to(value)) / 2 for key, value in ours.items()})
+        self._average = {key: (value + towards[key].to(value)) / 2 for key, value in ours.items()}
+        self._ahead = None
+        self.policy.load(self.slot, self._average)
+
+    # --- votes over views, neighbours and the stream ------------------------------------------------
+
+    def _replay(self, queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
+        """Vote on new queries, vote again on the remembered ones, and take steps on a mixture of both."""
+        config = self.config
+        new = {query.id for query in queries if self._remember(query)}
+        lessons = [self._corrected(lesson) for lesson in self.memory.lessons()]
+        information = self.memory.information()
+        open_lessons = self._open(lessons)
+        values = _describe_lessons(lessons, information)
+        share = REPLAYED if queries else 1.0
+        wanted = len(new) if queries else config.batch_size
+        for _ in range(math.ceil(wanted * config.update_budget * share / config.batch_size)):
+            if not open_lessons:
+                break
+            order = torch.randperm(len(open_lessons), generator=self._generator)[: config.batch_size]
+            batch = [open_lessons[index] for index in order.tolist()]
+            values |= self._update_lessons(batch)
+            for lesson in batch:
+                lesson.ballot.updates += 1
+            open_lessons = [each for each in open_lessons if each.ballot.updates < config.update_budget]
+        self._pending = open_lessons
+        # Whatever is remembered has a say in what the others teach, so it counts as learned from.
+        taught = [query for query in queries if query.id in new]
+        return StepMetrics(len(queries), len(taught), values), taught
+
+    def _remember(self, query: Query) -> bool:
+        views = safe_views(query.question)
+        measured = self._asked % MEASURE_EVERY == 0 or not self.memory.information()
+        self._asked += 1
+        if not measured:
+            information = self.memory.information()
+            known = sorted(views[1:], key=lambda view: -information.get(view, 0.0))
+            views = views[:1] + known[: self.config.num_views - 1]
+        config = self.config
+        ballot = cast_ballot(
+            self.policy, query, views, config.num_rollouts, config.max_tokens, self._generator, measured
+        )
+        if ballot is None or ballot.valid < config.min_valid:
+            return False
+        ballot.witness = self._asked % WITNESS_EVERY == 0
+        self.memory.add(ballot)
+        return True
+
+    def _corrected(self, lesson: Lesson) -> Lesson:
+        """The lesson with the true answer as its target, where an evaluation told it."""
+        truth = self.truths.get(lesson.ballot.query.id)
+        if truth not in lesson.ballot.answers:
+            return lesson
+        target = torch.zeros(len(lesson.target))
+        target[lesson.ballot.answers.index(truth)] = 1.0
+        divergence = -float(lesson.ballot.scores[SAME][lesson.ballot.answers.index(truth)])
+        return replace(lesson, target=target, majority=1.0, divergence=divergence)
+
+    def _open(self, lessons: list[Lesson]) -> list[Lesson]:
+        """Lessons that may take part in a step: budget left, and a vote that is not hopeless.
+
+        None at all where the answers do not depend on the images, or where the votes say what is answered anyway.
+        """
+        config, information = self.config, self.memory.information()
+        if information and max(information.values()) < config.min_information:
+            return []
+        if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
+            return []
+        return [
+            lesson
+            for lesson in lessons
+            if not lesson.ballot.witness
+            and lesson.ballot.updates < config.update_budget
+            and lesson.majority >= config.agreement[0]
+        ]
+
+    def _update_lessons(self, lessons: list[Lesson]) -> dict[str, float]:
+        """One gradient step on a few lessons, packed into one pass where the family allows it."""
+        policy, config = self.policy, self.config
+        views, chosen, targets = [], [], []
+        for lesson in lessons:
+            views.append(self._view_to_learn(lesson.ballot))
+            reference = lesson.ballot.scores[views[-1]].exp()
+            best = (lesson.target + reference).topk(min(MAX_TAUGHT, len(reference))).indices.tolist()
+            chosen.append(best)
+            targets.append(lesson.target[best] / lesson.target[best].sum())
+        scored = policy.score_each(
+            [each.ballot.observations[view] for each, view in zip(lessons, views, strict=True)],
+            [[each.ballot.tokens[i] for i in best] for each, best in zip(lessons, chosen, strict=True)],
+        )
+        losses, divergences = [], []
+        for lesson, view, best, target, logprobs in zip(lessons, views, chosen, targets, scored, strict=True):
+            own = logprobs.log_softmax(-1)
+            shares = own.detach().exp()
+            # The vote relative to what the policy already believes; its mean over the policy is 1.
+            advantage = target.to(own.device) / shares.clamp(min=1e-9) - 1
+            loss = policy_loss(
+                logprobs[:, None],
+                logprobs.detach()[:, None],
+                advantage,
+                shares,
+                torch.ones_like(logprobs)[:, None],
+            )
+            reference = lesson.ballot.scores[view][best].log_softmax(-1).to(own.device)
+            divergence = (own.exp() * (own - reference)).sum()
+            losses.append(loss + config.kl_coefficient * divergence)
+            divergences.append(float(divergence.detach()))
+        total = torch.stack(losses).mean()
+        return self._descend(lambda: torch.autograd.backward(total)) | {"kl": fmean(divergences)}
+
+    def _view_to_learn(self, ballot: Ballot) -> str:
+        """The image as it was sent half of the time, else another view, by what it is worth.
+
+        The views that tell most look most like what the model was trained on: learning from them as well holds the
+        adapter to the reference where the reference is good.
+        """
+        others = [view for view in ballot.observations if view != SAME]
+        if not others or torch.rand((), generator=self._generator) < 0.5:
+            return SAME
+        known = self.memory.information()
+        weights = view_weights({view: known.get(view, 0.0) for view in others})
+        draw = torch.multinomial(torch.tensor([*weights.values()]), 1, generator=self._generator)
+        return others[int(draw)]
+
+    # --- one group of rollouts at a time -------------------------------------------------------------
 
     def _roll_out(self, query: Query, version: int) -> Group:
         config = self.config
@@ -131,16 +316,28 @@ class Learner:
             return torch.rand(len(group.votes.answers), generator=self._generator).tolist()
         return REWARDS[self.config.reward](group.votes)
 
-    def _update(self, groups: list[Group]) -> dict[str, float]:
+    def _update_groups(self, groups: list[Group]) -> dict[str, float]:
+        divergences = []
+
+        def accumulate() -> None:
+            for group in groups:  # one backward per group: only one prompt's graph is alive at a time
+                divergences.append(self._accumulate(group, 1 / len(groups)))
+
+        return self._descend(accumulate) | {"kl": fmean(divergences)}
+
+    def _descend(self, accumulate: Callable[[], None]) -> dict[str, float]:
+        """One optimizer step on the gradients that `accumulate` leaves."""
         self._optimizer.zero_grad(set_to_none=True)
-        # One backward per group: only one prompt's graph is alive at a time.
-        divergences = [self._accumulate(group, 1 / len(groups)) for group in groups]
+        accumulate()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
             raise FloatingPointError("the gradient is not finite")
         self._optimizer.step()
-        return {"kl": fmean(divergences), "grad_norm": float(norm)}
+        self.steps += 1
+        for key, value in self.policy.weights(self.slot).items():
+            self._average[key].lerp_(value, 1 - self.config.average)
+        return {"grad_norm": float(norm)}
 
     def _accumulate(self, group: Group, share: float) -> float:
         policy, rollouts, config = self.policy, group.rollouts, self.config
@@ -167,4 +364,16 @@ def _describe(groups: list[Group]) -> dict[str, float]:
         "entropy": fmean(vote.entropy for vote in votes),
         "valid": fmean(vote.valid for vote in votes),
         "distinct": fmean(float(len(vote.by_answer)) for vote in votes),
+    }
+
+
+def _describe_lessons(lessons: list[Lesson], information: dict[str, float]) -> dict[str, float]:
+    if not lessons:
+        return {}
+    return {
+        "majority": fmean(lesson.majority for lesson in lessons),
+        "divergence": fmean(lesson.divergence for lesson in lessons),
+        "valid": fmean(lesson.ballot.valid for lesson in lessons),
+        "information": max(information.values(), default=0.0),
+        "remembered": float(len(lessons)),
     }

@@ -11,12 +11,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
+from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
-from servetune.adapters.family import Family, Prefix
+from servetune.adapters.family import Family, Prefix, Prompt, TokenTree
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
@@ -64,49 +67,128 @@ def _parts(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
         yield part
 
 
+class _Trie:
+    """Token sequences as a tree: what each token's log-probability is read from, and what has to be fed for it."""
+
+    def __init__(self, sequences: Sequence[Sequence[int]]) -> None:
+        nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; parents come before children
+        self.paths = []
+        for sequence in sequences:
+            node, path = -1, []
+            for token in sequence:
+                node = nodes.setdefault((node, token), len(nodes))
+                path.append(node)
+            self.paths.append(path)
+        self.parents = [parent for parent, _ in nodes]
+        self.tokens = [token for _, token in nodes]
+        self.inner = sorted(set(self.parents) - {-1})  # leaves need no forward pass
+
+    def fed(self) -> TokenTree:
+        """The inner nodes."""
+        place = {node: index for index, node in enumerate(self.inner)}
+        visible = torch.eye(len(self.inner), dtype=torch.bool)
+        depths = [0] * len(self.inner)
+        for index, node in enumerate(self.inner):
+            if self.parents[node] != -1:
+                parent = place[self.parents[node]]
+                visible[index] |= visible[parent]
+                depths[index] = depths[parent] + 1
+        tokens = torch.tensor([self.tokens[node] for node in self.inner], dtype=torch.long)
+        return TokenTree(tokens, torch.tensor(depths, dtype=torch.long), visible)
+
+    def read(self, logits: Tensor) -> list[Tensor]:
+        """Per sequence its tokens' log-probabilities, from (1 + inner, V) logits after prompt and inner nodes."""
+        device = logits.device
+        rows = {node: row for row, node in enumerate([-1, *self.inner])}
+        source = torch.tensor([rows[parent] for parent in self.parents], device=device)
+        chosen = logits[source, torch.tensor(self.tokens, device=device)]
+        logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
+        return [logprobs[torch.tensor(path, device=device)] for path in self.paths]
+
+
 def _score_part(family: Family, prefix: Prefix, sequences: list[Sequence[int]]) -> list[Tensor]:
-    nodes: dict[tuple[int, int], int] = {}  # (parent, token) -> node; parents come before children
-    paths = []
-    for sequence in sequences:
-        node, path = -1, []
-        for token in sequence:
-            node = nodes.setdefault((node, token), len(nodes))
-            path.append(node)
-        paths.append(path)
-    parents = [parent for parent, _ in nodes]
-    tokens = [token for _, token in nodes]
-    logits = _tree_logits(family, prefix, tokens, parents)  # (1 + inner nodes, V)
-    rows = {node: row for row, node in enumerate([-1, *sorted(set(parents) - {-1})])}
-    device = logits.device
-    source = torch.tensor([rows[parent] for parent in parents], device=device)
-    logits = _allowed(family, logits)
-    chosen = logits[source, torch.tensor(tokens, device=device)]
-    logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
-    return [logprobs[torch.tensor(path, device=device)] for path in paths]
+    trie = _Trie(sequences)
+    logits = prefix.logits
+    if trie.inner:
+        tree = trie.fed()
+        seen = torch.ones(len(trie.inner), prefix.length, dtype=torch.bool)
+        mask = torch.cat([seen, tree.visible], dim=1).to(logits.device)
+        positions = tree.depths.to(logits.device) + prefix.position
+        fed = family.extend(prefix.fork(), tree.tokens.to(logits.device), positions, mask)
+        logits = torch.cat([logits, fed])
+    return trie.read(_allowed(family, logits))
 
 
-def _tree_logits(family: Family, prefix: Prefix, tokens: list[int], parents: list[int]) -> Tensor:
-    """Logits after the prompt and after every node that has children; leaves need no forward pass."""
-    inner = sorted(set(parents) - {-1})
-    if not inner:
-        return prefix.logits
-    place = {node: index for index, node in enumerate(inner)}
-    visible = torch.zeros(len(inner), len(inner), dtype=torch.bool)
-    depth = [0] * len(inner)
-    for index, node in enumerate(inner):
-        if parents[node] != -1:
-            parent = place[parents[node]]
-            visible[index] = visible[parent]
-            depth[index] = depth[parent] + 1
-        visible[index, index] = True
-    device = prefix.logits.device
-    mask = torch.cat([torch.ones(len(inner), prefix.length, dtype=torch.bool), visible], dim=1).to(device)
-    positions = torch.tensor(depth, device=device) + prefix.position
-    fed = torch.tensor([tokens[node] for node in inner], device=device)
-    return torch.cat([prefix.logits, family.extend(prefix.fork(), fed, positions, mask)])
+def score_each(
+    family: Family,
+    prompts: Sequence[tuple[Prompt, dict[str, Any]]],
+    sequences: Sequence[Sequence[Sequence[int]]],
+) -> list[Tensor]:
+    """Log-probabilities of whole answers to several prompts, packed into few passes where the family allows it.
+
+    Args:
+        prompts: B prompts with their vision features. sequences: for each its N_b token sequences.
+
+    Returns:
+        B tensors (N_b,).
+    """
+    tries = [_Trie(own) for own in sequences]
+    if not packs(family):
+        return [_score_alone(family, prompt, own) for prompt, own in zip(prompts, sequences, strict=True)]
+    found: dict[int, Tensor] = {}
+    for rows in _packs([p.length + len(t.inner) for (p, _), t in zip(prompts, tries, strict=True)]):
+        logits = _allowed(family, family.extend_each([prompts[r] for r in rows], [tries[r].fed() for r in rows]))
+        for place, row in enumerate(rows):
+            parts = tries[row].read(logits[place, : 1 + len(tries[row].inner)])
+            found[row] = torch.stack([part.sum() for part in parts])
+    return [found[row] for row in range(len(prompts))]
+
+
+def _score_alone(
+    family: Family, prompt: tuple[Prompt, dict[str, Any]], sequences: Sequence[Sequence[int]]
+) -> Tensor:
+    return score(family, family.prefill(*prompt), sequences)[0].sum(-1)
+
+
+def _packs(lengths: list[int]) -> Iterator[list[int]]:
+    """Rows for one pass each: of like lengths, and at most MAX_NODES tokens with their padding."""
+    rows: list[int] = []
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if rows and (len(rows) + 1) * lengths[row] > MAX_NODES:
+            yield rows
+            rows = []
+        rows.append(row)
+    if rows:
+        yield rows
+
+
+@torch.no_grad()
+def packs(family: Family) -> bool:
+    """Whether packing gives what one prompt at a time gives; tried once per family.
+
+    Other position schemes (M-RoPE), features fed between layers or scaled logits are found out this way.
+    """
+    if (known := _PACKS.get(family)) is None:
+        ramp = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+        asked = [family.prompt([ramp], question) for question in ("What is this?", "Is this a long question?")]
+        prompts = [(prompt, family.see(prompt)) for prompt in asked]
+        answers = [family.tokens("a red dog"), family.tokens("a red cat")]
+        alone = [_score_alone(family, prompt, answers) for prompt in prompts]
+        try:
+            logits = _allowed(family, family.extend_each(prompts, [_Trie(answers).fed()] * 2))
+            packed = [torch.stack([p.sum() for p in _Trie(answers).read(row)]) for row in logits]
+            known = all(torch.allclose(a, b, atol=1e-2, rtol=1e-3) for a, b in zip(alone, packed, strict=True))
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            known = False
+        _PACKS[family] = known
+    return known
+
+
+_PACKS: WeakKeyDictionary[Family, bool] = WeakKeyDictionary()
 
 
 def _allowed(family: Family, logits: Tensor) -> Tensor:
+    """Logits without the tokens that stand for images."""
     return logits.index_fill(-1, family.forbidden.to(logits.device), float("-inf"))
 
 

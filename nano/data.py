@@ -23,7 +23,7 @@ EXAMPLE_SIZE = 112
 
 # npm package and version of each vendor style. The held-out ones are for evaluation alone.
 TRAINING_STYLES = {"noto": "1.2.9", "twemoji": "1.2.5", "emojione": "1.2.3"}
-HELD_OUT_STYLES = {"fluent-emoji-flat": "1.2.6", "openmoji": "1.2.29"}
+HELD_OUT_STYLES = {"fluent-emoji-flat": "1.2.6", "openmoji": "1.2.29", "streamline-emojis": "1.2.4"}
 EXAMPLE_STYLE = "fluent-emoji-flat"
 
 COLOURS = {
@@ -141,7 +141,8 @@ class IconSet:
         """The drawing of a code point, else of the first name that is known here."""
         if code in self.by_code:
             return self.by_code[code]
-        candidates = (self.aliases.get(name, name) for name in names)
+        # Where a set draws a thing several times, its name is numbered: the first drawing stands for it.
+        candidates = (self.aliases.get(name, name) for name in [*names, *(f"{name}-1" for name in names)])
         return next((name for name in candidates if name in self.icons), None)
 
     def render(self, icon: str, size: int) -> Image.Image:

@@ -68,11 +68,11 @@ class Settings(BaseSettings):
     # worker
     worker: bool = Field(True, description="`servetune serve` starts a worker beside the API")
     worker_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
-    learner: Literal["default", "ttrv", "released", "majority", "random", "format-only"] = "default"
+    learner: Literal["default", "frequency", "ttrv", "released", "majority", "random", "format-only"] = "default"
     num_rollouts: int = Field(32, ge=2, le=512)
     max_answer_tokens: int = Field(32, ge=1, le=1024)
-    queries_per_step: int = Field(8, ge=1)
-    steps_per_candidate: int = Field(2, ge=1)
+    queries_per_step: int = Field(16, ge=1)
+    steps_per_candidate: int = Field(8, ge=1)
     flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
     lease_s: float = Field(30.0, gt=1)
     max_deliveries: int = Field(5, ge=1)

@@ -54,7 +54,7 @@ class Worker:
             learning_rate=settings.learning_rate,
             kl_coefficient=settings.kl_coefficient,
         )
-        self._learner = Learner(policy, config, seed=settings.seed)
+        self.learner = Learner(policy, config, seed=settings.seed)
         self._gate = Gate(policy, max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
         self._leased: list[Delivery] = []  # everything taken and not settled
@@ -86,6 +86,7 @@ class Worker:
             self._stop.wait(POLL_S)
             return
         if self._store.live() != self._live:
+            self.learner.forget()  # what another line was taught is no part of this one
             self._give_back()
         batch = self._gather()
         if batch:
@@ -95,8 +96,15 @@ class Worker:
             parts = [[d] for d in batch if d.deliveries > 1] + ([fresh] if fresh else [])
             if not all(self._learn(part) for part in parts):
                 return
-        enough = self._learner.steps - self._first_step >= self._settings.steps_per_candidate
-        if self._held and (enough or len(batch) < self._settings.queries_per_step):
+        elif self.learner.unfinished:
+            self._report("learning")
+            self._note_step(self.learner.step([], self._live.version)[0])
+        moved = self.learner.steps > self._first_step
+        enough = self.learner.steps - self._first_step >= self._settings.steps_per_candidate
+        if self._held and not moved and not self.learner.unfinished and not batch:
+            self._settle(self._held, "no_signal")
+            self._held = []
+        if moved and (enough or len(batch) < self._settings.queries_per_step):
             self._conclude()
         self._report("idle")
 
@@ -105,7 +113,7 @@ class Worker:
     def _gather(self) -> list[Delivery]:
         """A whole batch, or what has come `flush_s` after its first query."""
         limit = self._settings.queries_per_step
-        batch = self._take(limit, POLL_S)
+        batch = self._take(limit, 0 if self.learner.unfinished else POLL_S)
         deadline = time.monotonic() + self._settings.flush_s
         while 0 < len(batch) < limit and time.monotonic() < deadline and not self._stop.is_set():
             batch += self._take(limit - len(batch), POLL_S)
@@ -124,11 +132,12 @@ class Worker:
         if not batch:
             return True
         try:
-            metrics, taught = self._learner.step([d.query for d in batch], self._live.version)
+            metrics, taught = self.learner.step([d.query for d in batch], self._live.version)
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
             log.error("step_failed", error=type(error).__name__, queries=len(batch))
             self._leased = [d for d in self._leased if d not in batch]
             self._stream.release(batch, failed=True)
+            self.learner.forget(d.query.id for d in batch)
             self._give_back()
             return False
         self._note_step(metrics)
@@ -144,35 +153,40 @@ class Worker:
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
         if not verdict.accepted:
             log.warning("candidate_rejected", reasons=verdict.reasons)
+            self.learner.forget(d.query.id for d in self._held)
             self._settle(self._held, "rejected")
             self._give_back()
             return
         if len(self._stream.renew(self._held)) < len(self._held):
             log.info("candidate_withdrawn")  # it learned from a query that was erased or is someone else's now
+            self.learner.forget(d.query.id for d in self._held)
             self._give_back()
             return
         try:
             self._publish(verdict)
         except AliasMoved:
             log.info("candidate_outdated")  # the operator moved `live` meanwhile: their act wins
+            self.learner.forget()
             self._give_back()
             return
         self._settle(self._held, "trained")
         self._held = []
-        self._first_step = self._learner.steps
+        self._first_step = self.learner.steps
 
     def _judge(self) -> Verdict:
         """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly."""
-        verdict = self._gate.judge()
+        witnesses = self.learner.witnesses()
+        self.learner.propose()
+        verdict = self._gate.judge(witnesses)
         for _ in range(RETREATS):
             if verdict.accepted or not verdict.metrics:  # without metrics: not finite, and no way leads back
                 break
-            self._learner.retreat(self._policy.weights(SLOTS[1]))
-            verdict = self._gate.judge()
+            self.learner.retreat(self._policy.weights(SLOTS[1]))
+            verdict = self._gate.judge(witnesses)
         return verdict
 
     def _publish(self, verdict: Verdict) -> None:
-        weights, moments = self._learner.state()
+        weights, moments = self.learner.state()
         self._policy.use(SLOTS[0])
         made = self._store.publish(
             Draft(
@@ -182,7 +196,7 @@ class Worker:
                 parent=self._live.version,
                 probe=self._policy.probe(),
                 generation=self._live.generation,
-                step_range=(self._first_step + 1, self._learner.steps),
+                step_range=(self._first_step + 1, self.learner.steps),
                 query_ids=tuple(d.query.id for d in self._held),
                 metrics=self._status.last_step,
                 gate=verdict.as_dict(),
@@ -190,6 +204,7 @@ class Worker:
         )
         self._promote(made.version, self._live.generation)
         self._policy.load(SLOTS[1], weights)
+        self.learner.proceed()
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
@@ -213,8 +228,8 @@ class Worker:
         live = self._store.live()
         weights = self._store.weights(live.version)
         self._policy.load(SLOTS[1], weights)
-        self._learner.load(weights, self._store.optimizer(live.version))
-        self._first_step = self._learner.steps
+        self.learner.load(weights, self._store.optimizer(live.version))
+        self._first_step = self.learner.steps
         return live
 
     def _give_back(self) -> None:
@@ -238,7 +253,7 @@ class Worker:
     def _note_step(self, metrics: StepMetrics) -> None:
         numbers = {**asdict(metrics)["values"], "groups": metrics.groups, "informative": metrics.informative}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
-        self._status = self._status.model_copy(update={"last_step": numbers, "steps": self._learner.steps})
+        self._status = self._status.model_copy(update={"last_step": numbers, "steps": self.learner.steps})
 
     def _report(self, state: str) -> None:
         update = {"state": state, "error": None, "version": version_name(self._live.version)}

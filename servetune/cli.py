@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -21,6 +22,7 @@ from servetune.clients import (
     VersionInfo,
 )
 from servetune.connect import USAGE, command, fail
+from servetune.evals import BASELINES, LEARNERS, Options
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
@@ -99,15 +101,88 @@ def _start(role: str, options: dict[str, Any]) -> None:
     try:
         getattr(importlib.import_module("servetune.server.main"), role)(**flags)
     except ModuleNotFoundError as error:
-        missing = error.name or ""
-        if missing.partition(".")[0] == "servetune":
-            raise
-        fail(f'{missing} is not installed. Install the server: pip install "servetune[server]"', USAGE)
+        _explain_missing(error)
     except ValidationError as error:
         if error.title != "Settings":
             raise
         wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         fail("; ".join(wrong), USAGE)
+
+
+@app.command(name="eval")
+def evaluate(
+    data: Annotated[
+        str | None, typer.Argument(help="An image folder (label/*.png), a JSONL file, or a built-in stream.")
+    ] = None,
+    model: Annotated[str, typer.Option(help="`nano`, a folder or a hub id of a checkpoint.")] = "nano",
+    task: Annotated[str | None, typer.Option(help="recognition or vqa; by default as the data says.")] = None,
+    learner: Annotated[
+        str, typer.Option(help="A learner, a baseline, or frozen for the model alone.")
+    ] = "default",
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Another learner to run beside it; repeatable.")
+    ] = None,
+    samples: Annotated[str, typer.Option(help="Unlabeled queries to learn from: a number or all.")] = "all",
+    order: Annotated[str, typer.Option(help="shuffled, or stream for the order of the data.")] = "shuffled",
+    split: Annotated[str, typer.Option(help="file, with label beside it, or label alone.")] = "file",
+    seeds: Annotated[int | None, typer.Option(min=1, help="Default 5; 20 for 1 or 20 samples.")] = None,
+    adapt_on: Annotated[str | None, typer.Option(help="With --test-on: learn from this data set.")] = None,
+    test_on: Annotated[str | None, typer.Option(help="Measure transfer to this data set.")] = None,
+    source: Annotated[str | None, typer.Option(help="Data of the domain the model comes from.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for JSON, table and plots.")] = Path("eval-out"),
+    fresh: Annotated[bool, typer.Option(help="Do not resume: run again what is finished.")] = False,
+) -> None:
+    """Measure what learning does to accuracy, with the frozen model beside it. Last line: JSON."""
+    if (data is None) == (adapt_on is None):
+        fail("name the DATA to learn from: servetune eval DATA, or --adapt-on A --test-on B", USAGE)
+    _choose("--task", task, (None, "recognition", "vqa"))
+    _choose("--order", order, ("shuffled", "stream"))
+    _choose("--split", split, ("file", "label"))
+    for each in (learner, *(compare or ())):
+        _choose("a learner", each, (*LEARNERS, *BASELINES))
+    if samples != "all" and not (samples.isdecimal() and int(samples) > 0):
+        fail("--samples takes a number above 0, or all", USAGE)
+    count = None if samples == "all" else int(samples)
+    options = Options(
+        data=str(data or adapt_on),
+        model=model,
+        task=task,
+        learner=learner,
+        compare=tuple(compare or ()),
+        samples=count,
+        order=order,
+        split=split,
+        seeds=seeds or (20 if count and count <= 20 else 5),
+        out=out,
+        test_on=test_on,
+        source=source,
+        fresh=fresh,
+    )
+    _evaluate(options)
+
+
+def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
+    if value not in allowed:
+        fail(f"{name} is one of {', '.join(str(each) for each in allowed if each)}, not {value}", USAGE)
+
+
+def _evaluate(options: Options) -> None:
+    try:
+        summary = importlib.import_module("servetune.evals.command").run(options)
+    except ModuleNotFoundError as error:
+        _explain_missing(error)
+    except ValueError as error:
+        if type(error).__name__ not in ("BadData", "UnsupportedModel"):
+            raise
+        fail(str(error), USAGE)
+    typer.echo(json.dumps(summary))
+
+
+def _explain_missing(error: ModuleNotFoundError) -> NoReturn:
+    missing = error.name or ""
+    if missing.partition(".")[0] == "servetune":
+        raise error
+    fail(f'{missing} is not installed. Install the server: pip install "servetune[server]"', USAGE)
 
 
 # --- questions ---------------------------------------------------------------------------------------

@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("servetune", "server", "adapters", "clients", "nano")
+FOLDERS = ("servetune", "server", "adapters", "clients", "nano", "evals")
 NOT_SHIPPED = {"tests", "benchmarks", "docs", "examples", "deploy"}
 MAY_IMPORT = {
     "clients": {"clients"},
     "adapters": {"adapters"},
     "nano": {"nano"},
     "server": {"server", "adapters", "clients", "nano"},
+    "evals": {"evals", "server", "adapters", "clients", "nano"},
 }
 HEAVY = {"torch", "transformers", "peft", "fastapi", "uvicorn", "redis", "PIL", "structlog"}
 

@@ -69,6 +69,38 @@ def test_the_tree_gives_the_logprobs_and_gradients_of_separate_passes(made: Poli
     assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-5
 
 
+def test_packed_prompts_give_what_each_gives_alone(made: Policy) -> None:
+    """Whether or not the family can be packed, and with gradients; M-RoPE and deep features fall back."""
+    stir(made, "candidate")
+    made.use("candidate")
+    asked = [query(), query(1, question="is this a rather longer question about a picture?"), query(2)]
+    seen = [made.observe(each) for each in asked]
+    sequences = [SEQUENCES, SEQUENCES[2:], SEQUENCES[:1]]
+    packed = made.score_each(seen, sequences)
+    torch.stack([each.sum() for each in packed]).sum().backward()
+    our_gradient = flat_gradient(made)
+    for ours, one, own in zip(packed, seen, sequences, strict=True):
+        theirs, _ = tree.score(made.family, made.begin(one), own)
+        theirs.sum().backward()
+        torch.testing.assert_close(ours, theirs.sum(-1), atol=1e-4, rtol=1e-4)
+    their_gradient = flat_gradient(made)
+    assert (our_gradient - their_gradient).norm() / their_gradient.norm() < 1e-4
+
+
+def test_likely_labels_are_exact_where_it_matters(made: Policy) -> None:
+    stir(made, "candidate", std=0.3)
+    made.use("candidate")
+    labels = ("red", "red cat", "red dog", "blue", "green cat", "a", "yes", "no", "elephant")
+    seen = [made.observe(query(seed)) for seed in range(3)]
+    found = made.likely_labels(seen, labels)
+    with torch.no_grad():
+        exact = torch.stack([made.label_logprobs(made.begin(one), labels) for one in seen])
+    for ours, theirs in zip(found, exact, strict=True):
+        near = theirs > theirs.max() - 5.9
+        torch.testing.assert_close(ours[near], theirs[near], atol=1e-4, rtol=1e-4)
+        assert bool((ours[~near] <= ours.max() - 5.8).all())
+
+
 def test_greedy_answers_are_those_of_generate(made: Policy) -> None:
     stir(made, "candidate")
     made.use("candidate")
@@ -103,7 +135,7 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     made: Policy, checkpoints: dict[str, Path], tmp_path: Path
 ) -> None:
     made.load("candidate", made.zero_weights())
-    config = LearnerConfig(learning_rate=1e-2, agreement=(0, 1), min_valid=0, max_tokens=4)
+    config = LearnerConfig.named("frequency", learning_rate=1e-2, agreement=(0, 1), min_valid=0, max_tokens=4)
     learner = Learner(made, config)
     metrics, taught = learner.step([query(1), query(2, labels=("red", "green cat", "blue dog"))], version=0)
     assert metrics.informative == len(taught) >= 1

@@ -7,6 +7,7 @@ import torch
 
 from servetune.adapters.gate import Gate, Limits
 from servetune.adapters.policy import Policy
+from servetune.adapters.step import Learner, LearnerConfig
 from tests.conftest import query, stir
 
 LABELS = ("red", "green cat", "blue dog", "yes", "no")
@@ -73,7 +74,7 @@ def test_one_answer_to_everything_is_a_collapse(policy: Policy) -> None:
     made = Gate(policy, Limits(max_kl_base=1e9, max_kl_step=1e9, min_valid=0, min_unshown=0), max_tokens=4)
     asked = [query(seed, labels=LABELS) for seed in range(8)]
     made.remember(asked)
-    views = [made._view(None, q, policy.observe(q)).answer for q in asked]
+    views = [view.answer for view in made._views(None, asked, [policy.observe(q) for q in asked])]
     if len(set(views)) < 2:
         pytest.skip("the random base answers alike")
     for seed in range(20):
@@ -82,3 +83,27 @@ def test_one_answer_to_everything_is_a_collapse(policy: Policy) -> None:
         if metrics["distinct"] <= 0.5:
             break
     assert not made.judge().accepted
+
+
+def test_witnesses_that_the_candidate_contradicts_refuse_it(policy: Policy) -> None:
+    """Votes on untaught queries: a candidate that finds them less likely than the base does is not served."""
+    learner = Learner(policy, LearnerConfig(min_valid=0, agreement=(0, 1), memory_size=256))
+    learner.step([query(seed, labels=LABELS) for seed in range(104)], 0)
+    witnesses = learner.witnesses()
+    assert len(witnesses) == 13
+    assert all(lesson.ballot.updates == 0 for lesson in witnesses)
+    wide = Limits(max_kl_base=1e9, max_kl_step=1e9, min_valid=0, min_distinct=0, min_unshown=0)
+    made = Gate(policy, wide, max_tokens=4)
+    policy.load("candidate", policy.zero_weights())
+    policy.load("live", policy.zero_weights())
+    verdict = made.judge(witnesses)
+    assert verdict.accepted
+    assert verdict.metrics["witness_base"] == pytest.approx(0, abs=1e-5)
+    for seed in range(50):
+        stir(policy, "candidate", seed=seed, std=0.6)
+        if made.judge(witnesses).metrics["witness_base"] < -0.03:
+            break
+    verdict = made.judge(witnesses)
+    assert not verdict.accepted
+    assert any(reason.startswith("witness_base") for reason in verdict.reasons)
+    assert made.judge(witnesses[:5]).accepted, "few witnesses are not heard"

@@ -47,7 +47,7 @@ def test_the_published_entropy_term_cancels_in_the_advantage() -> None:
     made = rollouts({"a": 20, "b": 7, "c": 5})
     votes = count_votes(made)
     plain, published = (
-        advantages(torch.tensor(REWARDS[name](votes)), made.weights, made.num) for name in ("default", "ttrv")
+        advantages(torch.tensor(REWARDS[name](votes)), made.weights, made.num) for name in ("frequency", "ttrv")
     )
     torch.testing.assert_close(plain, published, atol=1e-5, rtol=0)
 

@@ -13,7 +13,7 @@ from servetune.adapters.step import Learner, LearnerConfig
 from tests.conftest import query, stir
 
 LABELS = ("red", "green cat", "blue dog")
-OPEN = LearnerConfig(agreement=(0, 1), min_valid=0, max_tokens=4, learning_rate=1e-2)
+OPEN = LearnerConfig.named("frequency", agreement=(0, 1), min_valid=0, max_tokens=4, learning_rate=1e-2)
 
 
 def generator() -> torch.Generator:
@@ -60,7 +60,10 @@ def test_a_step_raises_the_probability_of_the_majority(policy: Policy) -> None:
     assert learner.steps == 5
 
 
-@pytest.mark.parametrize("config", [LearnerConfig(agreement=(1.1, 1.2)), LearnerConfig(min_valid=1.1)])
+@pytest.mark.parametrize(
+    "config",
+    [LearnerConfig.named("frequency", agreement=(1.1, 1.2)), LearnerConfig.named("frequency", min_valid=1.1)],
+)
 def test_no_signal_no_change(policy: Policy, config: LearnerConfig) -> None:
     learner = Learner(policy, config)
     before = learner.state()
@@ -93,7 +96,10 @@ def test_the_reference_is_never_moved(policy: Policy) -> None:
         assert policy.probe() == before
 
 
-@pytest.mark.parametrize("learner", ["default", "ttrv", "released", "majority", "random", "format-only"])
+@pytest.mark.parametrize(
+    "learner",
+    ["default", "frequency", "ttrv", "released", "majority", "random", "format-only", "entropy", "self-training"],
+)
 def test_every_learner_runs(policy: Policy, learner: str) -> None:
     config = LearnerConfig.named(learner, num_rollouts=8, max_tokens=3, learning_rate=1e-3)
     metrics, _ = Learner(policy, config).step([query(), query(1, labels=LABELS)], 0)

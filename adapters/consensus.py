@@ -1,0 +1,120 @@
+"""What many looks at many images agree on: votes of one stream, as pure functions of log-probabilities.
+
+A query's votes are pooled three times. Over views: a view counts by how much its answers depend on the image. Over
+neighbours: two images that are each other's nearest are taken for the same thing. Over the stream: labels that are
+given far more often than others lose, within bounds. Nothing here needs a label or a trained part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FLOOR = -20.0
+
+
+def mutual_information(logprobs: Tensor) -> float:
+    """I(image; answer) in nats of answers to N images: H(mean p) - mean H(p), the criterion of RIM (Krause 2010).
+
+    Args:
+        logprobs: (N, L), each row normalised.
+
+    Answers that do not depend on the image have none, and neither have answers that are all uncertain.
+    """
+    shares = logprobs.exp()
+    mean = shares.mean(0)
+    whole = -(mean * mean.clamp(min=1e-12).log()).sum()
+    each = -(shares * logprobs.clamp(min=FLOOR)).sum(-1).mean()
+    return float(whole - each)
+
+
+def view_weights(
+    information: Mapping[str, float], sharpness: float = 80.0, prior: float = 1.0
+) -> dict[str, float]:
+    """Weight of each view in the vote, softmax of its mutual information in units of the best view's.
+
+    Args:
+        information: nats per view, all measured on the same images.
+        sharpness: 0 weighs all views alike.
+        prior: nats added to the unit, so that small differences of small figures do not decide.
+    """
+    unit = max(information.values(), default=0.0) + prior
+    scaled = torch.tensor([sharpness * value / unit for value in information.values()])
+    return dict(zip(information, scaled.softmax(0).tolist(), strict=True))
+
+
+def mutual_neighbours(embeddings: Tensor, ratio: float = 0.6) -> Tensor:
+    """(N,) for each image the one that shows the same thing, or itself where none is clearly found.
+
+    Two images are neighbours when each is nearest to the other and the second nearest is much farther away (the
+    ratio test of Lowe 2004, here on cosine distance).
+
+    Args:
+        embeddings: (N, D).
+    """
+    num = len(embeddings)
+    alone = torch.arange(num)
+    if num < 3:
+        return alone
+    centred = torch.nn.functional.normalize(embeddings - embeddings.mean(0), dim=-1)
+    distance = 1 - centred @ centred.T
+    distance.fill_diagonal_(math.inf)
+    nearest, places = distance.topk(2, largest=False)
+    found = places[:, 0]
+    sure = nearest[:, 0] < ratio * nearest[:, 1]
+    sure &= found[found] == alone
+    return torch.where(sure, found, alone)
+
+
+def balance(
+    logvotes: Tensor, strength: float = 4.0, pseudo_count: float = 0.5, bound: float = 2.0, rounds: int = 60
+) -> Tensor:
+    """(L,) offsets in nats to subtract from log-votes, so that no label is given far more often than the others.
+
+    The fixed point of b = strength * log((c(b) + s) / (N / L + s)), clipped to +-bound, where c(b) is the number
+    of queries that give a label and s the pseudo-count: that few queries miss a label proves little. The bound
+    is what an image's own evidence has to exceed to stay with a label that is too common: a stream of one thing
+    is left alone.
+
+    Args:
+        logvotes: (N, L), each row normalised.
+    """
+    num, labels = logvotes.shape
+    expected = num / labels + pseudo_count
+    offsets = torch.zeros(labels)
+    for _ in range(rounds):
+        counts = (logvotes - offsets).softmax(-1).sum(0)
+        wanted = strength * ((counts + pseudo_count) / expected).log()
+        offsets = (offsets + 0.3 * (wanted - offsets)).clamp(-bound, bound)
+    return offsets
+
+
+def keep_unshown(target: Tensor, reference: Tensor, shown: Tensor) -> Tensor:
+    """A target that leaves alone what the stream says nothing about.
+
+    Labels that no query of the stream has been given keep the reference's probability; the shown ones share the
+    rest as the votes say. Without this, labels that nobody asks about fade.
+
+    Args:
+        target, reference: (M,) probabilities over one query's answers. shown: (M,) bool.
+    """
+    if bool(shown.all()) or not bool(shown.any()):
+        return target
+    kept = torch.where(shown, 0.0, reference)
+    voted = torch.where(shown, target, 0.0)
+    total = voted.sum()
+    if total <= 0:
+        return reference
+    return kept + voted / total * (1 - kept.sum())
+
+
+def common_space(answers: Sequence[Sequence[str]]) -> dict[str, int]:
+    """A column for each answer that occurs in any query."""
+    columns: dict[str, int] = {}
+    for row in answers:
+        for answer in row:
+            columns.setdefault(answer, len(columns))
+    return columns

@@ -1,0 +1,32 @@
+"""Evaluation of a learner on streams of unlabeled queries; the labels are read by the scorer alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+if __name__ != "servetune.evals":
+    raise ImportError("import servetune.evals, not the evals/ folder")
+
+LEARNERS = ("default", "frequency", "ttrv", "released", "majority", "random", "format-only")
+BASELINES = ("frozen", "oracle", "entropy", "self-training")
+"""Only for evaluation: no server learns like this."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What `servetune eval` was asked for."""
+
+    data: str
+    model: str = "nano"
+    task: str | None = None
+    learner: str = "default"
+    compare: tuple[str, ...] = ()
+    samples: int | None = None
+    order: str = "shuffled"
+    split: str = "file"
+    seeds: int = 5
+    out: Path = Path("eval-out")
+    test_on: str | None = None
+    source: str | None = None
+    fresh: bool = False

@@ -1,0 +1,206 @@
+"""Labelled questions for an evaluation: image folders and JSONL files, and how they are split.
+
+The labels stay here: what a learner gets are `Query` objects, which have none.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from servetune.adapters.types import Query
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
+
+
+class BadData(ValueError):
+    """The data cannot be evaluated; the message names the place and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question about one image, and its answer for the scorer. An empty question is the model's own default.
+
+    `truth` is None where an item is asked but never scored.
+    """
+
+    id: str
+    file: str
+    picture: Callable[[], Image.Image]
+    question: str
+    truth: str | None
+    labels: tuple[str, ...] = ()
+
+    def query(self, default_question: str) -> Query:
+        """The item as a server receives it."""
+        return Query(self.id, (self.picture(),), self.question or default_question, self.labels)
+
+
+@dataclass(frozen=True, slots=True)
+class Data:
+    """Items to learn from and to be measured on, and items of the domain that the model comes from.
+
+    `extra` holds unscored items that are mixed into what is learned from, such as an attacker's. `ordered` is True
+    where the sequence is the point.
+    """
+
+    name: str
+    items: tuple[Item, ...]
+    source: tuple[Item, ...] = ()
+    extra: tuple[Item, ...] = ()
+    ordered: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """`learn` in the order of the stream; nothing of `heldout` and `unseen` is ever learned from."""
+
+    learn: list[Item]
+    heldout: list[Item]
+    unseen: list[Item] = field(default_factory=list)
+
+
+class _Line(BaseModel):
+    """One line of a JSONL file."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    image: str
+    question: str = ""
+    answer: str = Field(min_length=1)
+    candidate_labels: tuple[str, ...] = ()
+
+
+def read(path: Path) -> Data:
+    """An image folder (`label/*.png`) or a JSONL file.
+
+    Raises:
+        BadData: neither, or something in it cannot be used.
+    """
+    if path.is_dir():
+        return Data(path.name, tuple(_read_folder(path)))
+    if path.is_file():
+        return Data(path.stem, tuple(_read_lines(path)))
+    raise BadData(f"{path} is neither a folder, nor a JSONL file, nor a built-in stream")
+
+
+def _read_folder(folder: Path) -> list[Item]:
+    labels = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+    if len(labels) < 2:
+        raise BadData(f"{folder} needs a folder of images for each of at least two labels")
+    items = []
+    for label in labels:
+        files = sorted(p for p in (folder / label).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        if not files:
+            raise BadData(f"{folder / label} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+        for file in files:
+            name = f"{label}/{file.name}"
+            items.append(Item(name, name, _opener(file), "", label, labels))
+    return items
+
+
+def _read_lines(path: Path) -> list[Item]:
+    items = []
+    for number, text in enumerate(path.read_text().splitlines(), start=1):
+        if not text.strip():
+            continue
+        try:
+            line = _Line.model_validate(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise BadData(f"{path}:{number}: no JSON: {error}") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise BadData(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        if line.candidate_labels and line.answer not in line.candidate_labels:
+            raise BadData(f"{path}:{number}: the answer is not one of candidate_labels")
+        if not line.candidate_labels and not line.question:
+            raise BadData(f"{path}:{number}: a question is needed where there are no candidate_labels")
+        file = path.parent / line.image
+        if not file.is_file():
+            raise BadData(f"{path}:{number}: there is no image {line.image}")
+        items.append(
+            Item(
+                f"{path.stem}:{number}",
+                line.image,
+                _opener(file),
+                line.question,
+                line.answer,
+                line.candidate_labels,
+            )
+        )
+    if not items:
+        raise BadData(f"{path} is empty")
+    return items
+
+
+def _opener(file: Path) -> Callable[[], Image.Image]:
+    def picture() -> Image.Image:
+        try:
+            with Image.open(file) as opened:
+                if opened.mode not in ("RGBA", "LA", "P"):
+                    return opened.convert("RGB")
+                image = opened.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        except (OSError, UnidentifiedImageError) as error:
+            raise BadData(f"{file} is not an image that can be read: {error}") from error
+
+    return picture
+
+
+def split_files(data: Data, seed: int, samples: int | None, shuffled: bool) -> Split:
+    """Half of the files of each label are learned from, the other half is held out."""
+    rng = random.Random(f"files {seed}")
+    learned = _half_of_files(data.items, rng)
+    learn = [item for item in data.items if item.file in learned]
+    heldout = [item for item in data.items if item.file not in learned]
+    return Split(_stream(learn, data, rng, samples, shuffled), heldout)
+
+
+def split_labels(data: Data, seed: int, samples: int | None, shuffled: bool) -> Split:
+    """Half of the labels never occur in what is learned from; they stay among the candidates."""
+    rng = random.Random(f"labels {seed}")
+    truths = sorted({item.truth for item in data.items if item.truth is not None})
+    unseen = set(rng.sample(truths, len(truths) // 2))
+    learned = _half_of_files([item for item in data.items if item.truth not in unseen], rng)
+    learn = [item for item in data.items if item.file in learned and item.truth not in unseen]
+    heldout = [item for item in data.items if item.file not in learned and item.truth not in unseen]
+    others = [item for item in data.items if item.truth in unseen and item.file not in learned]
+    return Split(_stream(learn, data, rng, samples, shuffled), heldout, others)
+
+
+def _half_of_files(items: Iterable[Item], rng: random.Random) -> set[str]:
+    """Half of the files of each label; in open questions a file has many answers, and any half will do."""
+    files: dict[str | None, list[str]] = {}
+    for item in items:
+        group = files.setdefault(item.truth if item.labels else None, [])
+        if item.file not in group:
+            group.append(item.file)
+    chosen: set[str] = set()
+    for group in files.values():
+        odd = len(group) % 2 and rng.random() < 0.5
+        chosen.update(rng.sample(group, len(group) // 2 + bool(odd)))
+    return chosen
+
+
+def _stream(learn: list[Item], data: Data, rng: random.Random, samples: int | None, shuffled: bool) -> list[Item]:
+    if shuffled and not data.ordered:
+        rng.shuffle(learn)
+    learn = learn[:samples]
+    if not data.extra:
+        return learn
+    mixed: list[Item] = []
+    for index, item in enumerate(learn):
+        mixed += [item, data.extra[index % len(data.extra)]]
+    return mixed
+
+
+def interleave(*parts: Sequence[Item]) -> tuple[Item, ...]:
+    """Items of several kinds by turns."""
+    longest = max(map(len, parts))
+    return tuple(part[index] for index in range(longest) for part in parts if index < len(part))

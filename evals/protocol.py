@@ -1,0 +1,239 @@
+"""One run of the evaluation: the production worker in lock step with a stream, the frozen model beside it.
+
+k queries are answered by what is live, then the worker makes its turns, and so on; at the end it uses up what
+budget its memory has left. The worker, its learner, gate and store are the ones that serve; the buffer is a list.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+from typing import Any, cast
+
+import torch
+
+from servetune.adapters import tree
+from servetune.adapters.answers import canonical
+from servetune.adapters.policy import Observation, Policy
+from servetune.adapters.store import AdapterStore
+from servetune.adapters.types import Query
+from servetune.clients.types import WorkerStatus
+from servetune.evals.data import Item, Split
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import Delivery, QueryStream
+from servetune.server.settings import Settings
+from servetune.server.worker import Worker
+
+LIVE = "live"
+WINDOW = 200
+BINS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """How one item was answered."""
+
+    right: bool
+    confidence: float
+    valid: float
+
+
+@dataclass(slots=True)
+class Run:
+    """What one learner did on one stream with one seed. Rates are fractions."""
+
+    figures: dict[str, float] = field(default_factory=dict)
+    published: int = 0
+    rejected: Counter[str] = field(default_factory=Counter)
+    series: list[dict[str, float]] = field(default_factory=list)
+    right: list[tuple[bool, bool]] = field(default_factory=list)  # per scored query: frozen, adapted
+    cpu_s: float = 0.0
+
+
+class ListStream:
+    """The buffer of an evaluation: queries in memory, and a record of what the worker reported."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Query] = []
+        self.status = WorkerStatus(state="idle")
+        self.verdicts: list[dict[str, Any]] = []
+
+    def take(self, limit: int, block_s: float) -> list[Delivery]:
+        taken, self.waiting = self.waiting[:limit], self.waiting[limit:]
+        return [Delivery(query.id, query, 1) for query in taken]
+
+    def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
+        return list(deliveries)
+
+    def settle(self, deliveries: Sequence[Delivery], outcome: str) -> int:
+        return len(deliveries)
+
+    def release(self, deliveries: Sequence[Delivery], *, failed: bool = False) -> None:
+        if failed:
+            raise RuntimeError("a step failed during the evaluation")
+
+    def report(self, status: WorkerStatus) -> None:
+        if status.last_verdict is not None and status.last_verdict is not self.status.last_verdict:
+            self.verdicts.append(status.last_verdict)
+        self.status = status
+
+
+class Scorer:
+    """Answers items with one slot of a policy; what the frozen model answers is kept."""
+
+    def __init__(self, policy: Policy, max_tokens: int, default_question: str) -> None:
+        self._policy = policy
+        self._max_tokens = max_tokens
+        self._question = default_question
+        self._frozen: dict[str, Reply] = {}
+
+    @torch.no_grad()
+    def pairs(self, items: Sequence[Item], batch: int = 16) -> list[tuple[Reply, Reply]]:
+        """The frozen model's reply to each item and the live adapter's, as a server gives them."""
+        found: dict[int, tuple[Reply, Reply]] = {}
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for index, item in enumerate(items):
+            kinds.setdefault(item.labels, []).append(index)
+        for places in kinds.values():
+            for start in range(0, len(places), batch):
+                part = places[start : start + batch]
+                found |= zip(part, self._pairs([items[index] for index in part]), strict=True)
+        return [found[index] for index in range(len(items))]
+
+    def _pairs(self, items: list[Item]) -> list[tuple[Reply, Reply]]:
+        self._policy.use(None)
+        seen = [self._policy.observe(item.query(self._question)) for item in items]
+        if any(item.id not in self._frozen for item in items):
+            replies = self._replies(None, items, seen)
+            self._frozen |= {item.id: reply for item, reply in zip(items, replies, strict=True)}
+        return [
+            (self._frozen[item.id], reply)
+            for item, reply in zip(items, self._replies(LIVE, items, seen), strict=True)
+        ]
+
+    def _replies(self, slot: str | None, items: list[Item], seen: list[Observation]) -> list[Reply]:
+        self._policy.use(slot)
+        if items[0].labels:
+            return self._closed(items, seen)
+        return [self._open(item, observation) for item, observation in zip(items, seen, strict=True)]
+
+    def _closed(self, items: list[Item], seen: list[Observation]) -> list[Reply]:
+        """The likeliest label of each."""
+        labels = items[0].labels
+        logprobs = self._policy.likely_labels(seen, labels)
+        shares = logprobs.softmax(-1).max(-1)
+        mass = logprobs.exp().sum(-1).clamp(max=1.0)
+        return [
+            Reply(labels[int(best)] == item.truth, float(share), float(valid))
+            for item, best, share, valid in zip(items, shares.indices, shares.values, mass, strict=True)
+        ]
+
+    def _open(self, item: Item, seen: Observation) -> Reply:
+        """The greedy answer."""
+        family = self._policy.family
+        sample = tree.sample(family, self._policy.begin(seen), 1, self._max_tokens, temperature=0.0)[0]
+        answer = canonical(family.text(sample.tokens)) if sample.finished else ""
+        right = bool(answer) and answer == canonical(item.truth or "")
+        return Reply(right, math.exp(sample.logprob), float(bool(answer)))
+
+
+def run(
+    policy: Policy,
+    settings: Settings,
+    split: Split,
+    source: Sequence[Item],
+    scorer: Scorer,
+    progress: Callable[[int], None] = lambda count: None,
+    learns: bool = True,
+    truths: Mapping[str, str] | None = None,
+) -> Run:
+    """Learn from `split.learn` and measure; the policy's slots `candidate` and `live` are overwritten.
+
+    Args:
+        learns: False measures the frozen model alone.
+        truths: answers by query id, for the `oracle` learner alone.
+    """
+    began = time.process_time()
+    made = Run()
+    with tempfile.TemporaryDirectory() as home:
+        stream = ListStream()
+        worker = _worker(policy, settings, Path(home), stream)
+        worker.learner.truths = truths or {}
+        chunk = settings.queries_per_step
+        for start in range(0, len(split.learn), chunk):
+            items = split.learn[start : start + chunk]
+            scored = [item for item in items if item.truth is not None]
+            made.right += [(frozen.right, adapted.right) for frozen, adapted in scorer.pairs(scored)]
+            if learns:
+                stream.waiting += [item.query(policy.family.recognition_question) for item in items]
+            while stream.waiting:
+                worker.turn()
+            _note(made, stream, start + len(items))
+            progress(len(items))
+        while worker.learner.unfinished:
+            worker.turn()
+        _note(made, stream, len(split.learn))
+    for verdict in stream.verdicts:
+        made.published += verdict["accepted"]
+        made.rejected.update(reason.split()[0] for reason in verdict["reasons"])
+    _measure(made, split, source, scorer)
+    made.cpu_s = time.process_time() - began
+    return made
+
+
+def _worker(policy: Policy, settings: Settings, home: Path, stream: ListStream) -> Worker:
+    store = AdapterStore(home / "store")
+    policy.use(None)
+    store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
+    settings = settings.model_copy(update={"home": home, "flush_s": 0.0})
+    return Worker(settings, policy, store, cast(QueryStream, stream), AuditLog(home / "audit.jsonl"))
+
+
+def _note(made: Run, stream: ListStream, asked: int) -> None:
+    """One point of the series: the last step's metrics and the last verdict's."""
+    status = stream.status
+    gate = status.last_verdict["metrics"] if status.last_verdict else {}
+    made.series.append({"asked": asked, **status.last_step, **{f"gate_{name}": v for name, v in gate.items()}})
+
+
+def _measure(made: Run, split: Split, source: Sequence[Item], scorer: Scorer) -> None:
+    frozen, adapted = ([pair[index] for pair in made.right] for index in (0, 1))
+    made.figures |= {"frozen": _share(frozen), "prequential": _share(adapted), "worst_window": _worst(made.right)}
+    for name, items in (("heldout", split.heldout), ("unseen_labels", split.unseen), ("source", source)):
+        if not items:
+            continue
+        for kind, replies in zip(("frozen", "adapted"), zip(*scorer.pairs(items), strict=True), strict=True):
+            made.figures[f"{name}_{kind}"] = _share([reply.right for reply in replies])
+            if name == "heldout":
+                made.figures[f"valid_{kind}"] = fmean(reply.valid for reply in replies)
+                made.figures[f"ece_{kind}"] = calibration_error(replies)
+
+
+def calibration_error(replies: Sequence[Reply]) -> float:
+    """Expected calibration error over ten bins of confidence (Naeini 2015)."""
+    bins: dict[int, list[Reply]] = {}
+    for reply in replies:
+        bins.setdefault(min(int(reply.confidence * BINS), BINS - 1), []).append(reply)
+    gaps = [
+        abs(sum(reply.right for reply in found) - sum(reply.confidence for reply in found))
+        for found in bins.values()
+    ]
+    return sum(gaps) / len(replies)
+
+
+def _worst(right: Sequence[tuple[bool, bool]]) -> float:
+    """The minimum over windows of adapted minus frozen accuracy."""
+    gains = [int(adapted) - int(frozen) for frozen, adapted in right]
+    width = min(WINDOW, len(gains))
+    sums = [sum(gains[start : start + width]) for start in range(len(gains) - width + 1)]
+    return min(sums) / width if width else 0.0
+
+
+def _share(right: Sequence[bool]) -> float:
+    return sum(right) / len(right) if right else math.nan

@@ -1,0 +1,91 @@
+"""Votes over views, neighbours and the stream: the figures by hand, and what must never happen."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from servetune.adapters import consensus
+
+
+def confident(answers: list[int], labels: int, share: float = 0.9) -> torch.Tensor:
+    """(N, L) log-probabilities that give each query one answer with this share."""
+    rows = torch.full((len(answers), labels), (1 - share) / (labels - 1))
+    rows[torch.arange(len(answers)), torch.tensor(answers)] = share
+    return rows.log()
+
+
+def test_information_is_entropy_of_the_mean_less_mean_entropy() -> None:
+    logprobs = torch.tensor([[0.8, 0.2], [0.3, 0.7]]).log()
+    mean = -(0.55 * math.log(0.55) + 0.45 * math.log(0.45))
+    each = -(0.8 * math.log(0.8) + 0.2 * math.log(0.2) + 0.3 * math.log(0.3) + 0.7 * math.log(0.7)) / 2
+    assert consensus.mutual_information(logprobs) == pytest.approx(mean - each, abs=1e-6)
+
+
+def test_answers_that_ignore_the_image_carry_no_information() -> None:
+    assert consensus.mutual_information(confident([1] * 20, 4)) == pytest.approx(0, abs=1e-6)
+    assert consensus.mutual_information(torch.full((20, 4), 0.25).log()) == pytest.approx(0, abs=1e-6)
+    assert consensus.mutual_information(confident([0, 1, 2, 3] * 5, 4)) > 0.8
+
+
+def test_the_more_informative_view_weighs_more() -> None:
+    weights = consensus.view_weights({"same": 0.5, "blur": 1.0, "sharp": 0.1})
+    assert weights["blur"] > weights["same"] > weights["sharp"]
+    assert sum(weights.values()) == pytest.approx(1)
+    assert set(consensus.view_weights({"a": 1.0, "b": 2.0}, sharpness=0).values()) == {0.5}
+
+
+def test_neighbours_are_mutual_and_clear() -> None:
+    generator = torch.Generator().manual_seed(0)
+    things = torch.randn(10, 16, generator=generator)
+    twice = torch.cat([things, things + 0.05 * torch.randn(10, 16, generator=generator)])
+    found = consensus.mutual_neighbours(twice)
+    assert found.tolist() == [*range(10, 20), *range(10)]
+    assert consensus.mutual_neighbours(things[:2]).tolist() == [0, 1]
+
+
+def test_nobody_is_pooled_with_strangers() -> None:
+    strangers = torch.randn(40, 64, generator=torch.Generator().manual_seed(1))
+    alone = (consensus.mutual_neighbours(strangers) == torch.arange(40)).float().mean()
+    assert alone > 0.9
+
+
+def test_a_label_given_too_often_is_held_back_within_bounds() -> None:
+    answers = [0] * 30 + list(range(1, 11))
+    logvotes = confident(answers, 11, share=0.6)
+    offsets = consensus.balance(logvotes)
+    assert offsets[0] == offsets.max() > 1
+    assert offsets.abs().max() <= 2
+    before, after = logvotes.exp().mean(0), (logvotes - offsets).softmax(-1).mean(0)
+    assert after[0] < before[0]
+
+
+def test_a_stream_of_one_sure_thing_is_left_alone() -> None:
+    logvotes = confident([3] * 50, 20, share=0.99)
+    assert (logvotes - consensus.balance(logvotes)).argmax(-1).tolist() == [3] * 50
+
+
+def test_labels_that_few_queries_could_not_have_shown_are_not_favoured() -> None:
+    assert consensus.balance(confident([0, 1], 100))[2:].abs().max() < 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_unshown_answers_keep_the_references_probability(data: st.DataObject) -> None:
+    size = data.draw(st.integers(2, 8))
+    weights = st.lists(st.floats(0.01, 1), min_size=size, max_size=size)
+    target, reference = (torch.tensor(data.draw(weights)) for _ in range(2))
+    target, reference = target / target.sum(), reference / reference.sum()
+    shown = torch.tensor(data.draw(st.lists(st.booleans(), min_size=size, max_size=size)))
+    kept = consensus.keep_unshown(target, reference, shown)
+    assert float(kept.sum()) == pytest.approx(1, abs=1e-5)
+    if bool(shown.any()) and not bool(shown.all()):
+        torch.testing.assert_close(kept[~shown], reference[~shown])
+        ratio = kept[shown] / target[shown]
+        torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=1e-4, atol=1e-5)
+    else:
+        torch.testing.assert_close(kept, target)

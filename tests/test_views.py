@@ -1,0 +1,48 @@
+"""Views: what is tried for which question, and that it is repeatable."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image, ImageChops
+
+from servetune.adapters.views import SAME, look, safe_views
+
+PICTURE = Image.linear_gradient("L").resize((80, 60)).rotate(30).convert("RGB")
+
+
+def mirrored(question: str) -> bool:
+    """Whether any look at a picture with a bright left half is bright on the right."""
+    sides = Image.new("RGB", (64, 64), "white")
+    sides.paste((0, 0, 0), (32, 0, 64, 64))
+    looks = (look("moved", sides, question, str(seed)) for seed in range(20))
+    return any(seen.getpixel((63, 32))[0] > seen.getpixel((0, 32))[0] for seen in looks)  # type: ignore[index]
+
+
+def test_the_first_view_is_the_image_itself() -> None:
+    assert safe_views("What is this?")[0] == SAME
+    assert look(SAME, PICTURE, "What is this?", "q") is PICTURE
+
+
+@pytest.mark.parametrize("view", safe_views("What is this?"))
+def test_a_view_keeps_size_and_mode_and_is_repeatable(view: str) -> None:
+    seen = look(view, PICTURE, "What is this?", "q1")
+    assert (seen.size, seen.mode) == (PICTURE.size, "RGB")
+    assert ImageChops.difference(seen, look(view, PICTURE, "What is this?", "q1")).getbbox() is None
+
+
+def test_sides_are_not_swapped_where_the_question_asks_for_them() -> None:
+    assert mirrored("What is this?")
+    assert not mirrored("Is the dog on the left?")
+    assert not mirrored("What does the text say?")
+
+
+def test_nothing_is_cut_off_where_things_are_counted() -> None:
+    question = "How many dots are there?"
+    assert "blur" not in safe_views(question)
+    framed = Image.new("RGB", (64, 64), "white")
+    framed.paste((0, 0, 0), (2, 2, 62, 62))
+    assert look("moved", framed, question, "q").getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_light_stays_where_the_question_is_about_light() -> None:
+    assert not {"bright", "contrast", "other light"} & set(safe_views("Is the picture dark?"))
