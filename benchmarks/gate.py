@@ -15,6 +15,7 @@ import logging
 import random
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import structlog
@@ -73,19 +74,19 @@ def train_towards(
         optimizer.step()
 
 
-def collapse(policy: Policy, queries: list[Query], rng: random.Random) -> None:
+def collapse(policy: Policy, queries: list[Query], rng: random.Random, learner: Learner) -> None:
     """One answer to everything."""
     label = rng.randrange(LABELS)
     train_towards(policy, queries, lambda index: label, rate=5e-3, steps=12)
 
 
-def permute(policy: Policy, queries: list[Query], rng: random.Random) -> None:
+def permute(policy: Policy, queries: list[Query], rng: random.Random, learner: Learner) -> None:
     """Each image gets a label that has nothing to do with it."""
     shuffled = rng.sample(range(LABELS), len(queries))
     train_towards(policy, queries, lambda index: shuffled[index], rate=5e-3, steps=12)
 
 
-def add_noise(policy: Policy, queries: list[Query], rng: random.Random) -> None:
+def add_noise(policy: Policy, queries: list[Query], rng: random.Random, learner: Learner) -> None:
     """Weights moved at random."""
     generator = torch.Generator().manual_seed(rng.getrandbits(31))
     with torch.no_grad():
@@ -93,20 +94,23 @@ def add_noise(policy: Policy, queries: list[Query], rng: random.Random) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * rng.choice([0.1, 0.2, 0.4]))
 
 
-def break_one(policy: Policy, queries: list[Query], rng: random.Random) -> None:
+def break_one(policy: Policy, queries: list[Query], rng: random.Random, learner: Learner) -> None:
     """One value that is not finite."""
     parameter = rng.choice(list(policy.parameters("candidate").values()))
     with torch.no_grad():
         parameter.view(-1)[rng.randrange(parameter.numel())] = rng.choice([float("nan"), float("inf")])
 
 
-def rush(policy: Policy, queries: list[Query], rng: random.Random) -> None:
+def rush(policy: Policy, queries: list[Query], rng: random.Random, learner: Learner) -> None:
     """One round of learning at a hundred times the rate."""
     rate = 100 * LearnerConfig().learning_rate
     hasty = Learner(policy, LearnerConfig(learning_rate=rate, average=0.0), seed=rng.getrandbits(16))
-    hasty.step(queries, 0)
-    while hasty.unfinished:
-        hasty.step([], 0)
+    for lesson in learner.memory.lessons():
+        hasty.memory.add(replace(lesson.ballot, updates=0))
+    hasty.forget([])
+    hasty.step([], 0)
+    if not hasty.steps:
+        raise RuntimeError("nothing to learn from: this would be no sabotage")
 
 
 SABOTAGE = {
@@ -146,7 +150,7 @@ def main() -> None:
         kept = policy.weights("candidate") if verdict.accepted else policy.weights("live")
         kind = kinds[number % len(kinds)]
         policy.load("candidate", policy.weights("live"))
-        SABOTAGE[kind](policy, queries, rng)
+        SABOTAGE[kind](policy, queries, rng, learner)
         sabotaged = gate.judge(witnesses)
         (missed if sabotaged.accepted else stopped)[kind] += 1
         policy.load("live", kept)

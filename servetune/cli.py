@@ -40,7 +40,7 @@ HomeOption = Annotated[Path | None, typer.Option(help="All state lives here.")]
 LineOption = Annotated[str | None, typer.Option(help="Name of the adapter line.")]
 DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 RedisOption = Annotated[str | None, typer.Option(help="By default the embedded Valkey.")]
-LearnerOption = Annotated[str | None, typer.Option(help="default, ttrv, majority or a control.")]
+LearnerOption = Annotated[str | None, typer.Option(help="default, frequency, ttrv, majority or a control.")]
 SeedOption = Annotated[int | None, typer.Option()]
 
 ImageArgument = Annotated[str, typer.Argument(help="A file, an https URL, a data: URI, or - for stdin.")]
