@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 
 import torch
@@ -58,7 +58,7 @@ class _View:
 
 @dataclass(frozen=True, slots=True)
 class _Replayed:
-    """A recent query with what never changes about it."""
+    """A recent query, without its images, and what never changes about it."""
 
     query: Query
     observation: Observation
@@ -100,7 +100,8 @@ class Gate:
         """Keep queries for the replay and note which labels the live adapter sees in them."""
         observations = [self.policy.keep(self.policy.observe(query)) for query in queries]
         base = self._views(None, queries, observations)
-        self._replay.extend(map(_Replayed, queries, observations, base))
+        without_images = [replace(query, images=()) for query in queries]
+        self._replay.extend(map(_Replayed, without_images, observations, base))
         closed = [(query, seen) for query, seen in zip(queries, observations, strict=True) if query.labels]
         live = self._views(self.live, [query for query, _ in closed], [seen for _, seen in closed])
         self._shown.extend(view.answer for view in live)

@@ -24,7 +24,7 @@ MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
 class Ballot:
     """One query's answers, how likely the reference finds each in each view, and what learning from it needs."""
 
-    query: Query
+    query: Query  # without its images
     answers: tuple[str, ...]
     tokens: tuple[tuple[int, ...], ...]
     scores: dict[str, Tensor]  # view -> (M,) log-probabilities over the answers, normalised

@@ -92,7 +92,7 @@ def cast_ballot(
             answers, tokens = tuple(found), tuple(found.values())
             logprobs = torch.stack(policy.score_each(observations, [tokens] * len(observations))).cpu()
     return Ballot(
-        query=query,
+        query=replace(query, images=()),  # what is learned from are the observations; pictures are big and private
         answers=answers,
         tokens=tokens,
         scores=dict(zip(views, logprobs.log_softmax(-1), strict=True)),

@@ -114,7 +114,8 @@ class Learner:
         """Learn from a batch; from what is remembered when it is empty.
 
         Returns:
-            the metrics and the queries of the batch that had a signal; without a signal the weights are untouched.
+            the metrics and the queries of the batch that count as learned from: those with a signal, or, in the
+            default learner, all that vote. Without a signal the weights are untouched.
         """
         self.policy.use(self.slot)
         if self.config.reward == "consensus":

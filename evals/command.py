@@ -15,10 +15,25 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from servetune.adapters.family import UnsupportedModel
 from servetune.evals import Options, protocol, report, streams
 from servetune.evals.data import BadData, Data, Item, read, split_files, split_labels
 from servetune.server.model import load_policy
 from servetune.server.settings import Settings
+
+REFUSALS = (BadData, UnsupportedModel)
+LEARNING = (
+    "num_rollouts",
+    "max_answer_tokens",
+    "queries_per_step",
+    "steps_per_candidate",
+    "learning_rate",
+    "kl_coefficient",
+    "lora_rank",
+    "lora_alpha",
+    "lora_targets",
+)
+"""Settings that change what is learned: a run that was made with others is not resumed."""
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -89,7 +104,8 @@ class _Bench:
         question = self._settings.recognition_question or self._policy.family.recognition_question
         self._scorer = protocol.Scorer(self._policy, self._settings.max_answer_tokens, question)
         plain = {name: value for name, value in asdict(options).items() if name not in ("out", "fresh", "seeds")}
-        self.plain = plain | {"compare": list(options.compare)}
+        learning = {name: getattr(self._settings, name) for name in LEARNING}
+        self.plain = plain | {"compare": list(options.compare), "settings": learning}
         self._runs = options.out / "runs"
         self._runs.mkdir(parents=True, exist_ok=True)
 
@@ -105,7 +121,7 @@ class _Bench:
         labels = self._run(learner, seed, "label", progress) if self._heldout is None else None
         main, beside = (files, labels) if files else (labels, None)
         if main is None:
-            raise ValueError("--split label splits one data set; it has no meaning with --test-on")
+            raise BadData("--split label splits one data set; it has no meaning with --test-on")
         made = report.as_record(learner, seed, main, beside) | {"options": same}
         path.with_suffix(".new").write_text(json.dumps(made))
         path.with_suffix(".new").replace(path)

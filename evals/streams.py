@@ -22,8 +22,9 @@ IMAGES = 400  # of easy-VQA in a stream
 QUESTIONS = 4  # on each of them
 SOURCE = 120  # items of the training domain
 VENDORS = tuple(artwork.HELD_OUT_STYLES)
-SEVERITY = {"noise": 0.15, "contrast": 0.65, "blur": 0.05, "occlusion": 0.2}
-"""Each costs the frozen nano at least 15 points, measured on the development images."""
+SEVERITY = {"noise": 0.15, "contrast": 0.65, "blur": 0.06, "occlusion": 0.2}
+"""Each costs the frozen nano at least 15 points of 0.998. Measured on the two halves of the development questions:
+noise 30 and 27, contrast 16 and 17, blur 21 and 16, occlusion 18 and 24."""
 
 
 def vendor(style: str) -> Data:

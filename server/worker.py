@@ -98,7 +98,8 @@ class Worker:
                 return
         elif self.learner.unfinished:
             self._report("learning")
-            self._note_step(self.learner.step([], self._live.version)[0])
+            if not self._replay():
+                return
         moved = self.learner.steps > self._first_step
         enough = self.learner.steps - self._first_step >= self._settings.steps_per_candidate
         if self._held and not moved and not self.learner.unfinished and not batch:
@@ -145,6 +146,17 @@ class Worker:
         self._settle([d for d in batch if d.query.id not in ids], "no_signal")
         self._held += [d for d in batch if d.query.id in ids]
         self._gate.remember([d.query for d in batch])
+        return True
+
+    def _replay(self) -> bool:
+        """Steps on what is remembered. False when one failed; then the memory is dropped with the candidate."""
+        try:
+            self._note_step(self.learner.step([], self._live.version)[0])
+        except Exception as error:  # nobody knows which of them it was
+            log.error("step_failed", error=type(error).__name__, queries=0)
+            self.learner.forget()
+            self._give_back()
+            return False
         return True
 
     def _conclude(self) -> None:

@@ -103,10 +103,7 @@ def _start(role: str, options: dict[str, Any]) -> None:
     except ModuleNotFoundError as error:
         _explain_missing(error)
     except ValidationError as error:
-        if error.title != "Settings":
-            raise
-        wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
-        fail("; ".join(wrong), USAGE)
+        _explain_settings(error)
 
 
 @app.command(name="eval")
@@ -168,14 +165,23 @@ def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> No
 
 def _evaluate(options: Options) -> None:
     try:
-        summary = importlib.import_module("servetune.evals.command").run(options)
+        evaluation = importlib.import_module("servetune.evals.command")
     except ModuleNotFoundError as error:
         _explain_missing(error)
-    except ValueError as error:
-        if type(error).__name__ not in ("BadData", "UnsupportedModel"):
-            raise
+    try:
+        summary = evaluation.run(options)
+    except ValidationError as error:
+        _explain_settings(error)
+    except evaluation.REFUSALS as error:
         fail(str(error), USAGE)
     typer.echo(json.dumps(summary))
+
+
+def _explain_settings(error: ValidationError) -> NoReturn:
+    if error.title != "Settings":
+        raise error
+    wrong = (f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+    fail("; ".join(wrong), USAGE)
 
 
 def _explain_missing(error: ModuleNotFoundError) -> NoReturn:

@@ -256,6 +256,7 @@ def test_the_command_prints_json_last_and_refuses_nonsense(folder: Path, tmp_pat
         ([str(folder), "--learner", "magic"], "not magic"),
         ([str(folder), "--samples", "0"], "--samples"),
         ([str(tmp_path / "nowhere")], "neither a folder"),
+        ([str(folder), "--split", "label", "--test-on", str(folder)], "no meaning with --test-on"),
     ):
         refused = call(*arguments, "--out", str(tmp_path / "none"))
         assert refused.returncode == 2

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from servetune.adapters import tree
 from servetune.adapters.memory import Ballot, Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rollouts import cast_ballot
@@ -105,7 +106,13 @@ def test_the_reference_votes_and_not_the_adapter(policy: Policy) -> None:
 def test_pixels_are_not_kept(policy: Policy) -> None:
     made = cast_ballot(policy, query(labels=LABELS), [SAME, "moved"], 8, 4, torch.Generator(), False)
     assert made is not None
+    assert made.query.images == ()
     assert not any("pixel" in name for one in made.observations.values() for name in one.prompt.inputs)
+
+
+def test_this_family_is_packed(policy: Policy) -> None:
+    """A silent fallback would cost the steps their speed."""
+    assert tree.packs(policy.family)
 
 
 def test_learning_moves_towards_the_vote(policy: Policy) -> None:

@@ -318,6 +318,30 @@ async def test_it_outlives_its_redis_and_stops_when_told(
         assert await ledger(settings, server.url) == {"trained": BATCH}
 
 
+async def test_a_failing_replay_drops_the_memory_and_loses_nothing(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(type(worker.learner), "unfinished", True)
+        step = worker.learner.step
+
+        def fail(queries: Any, version: int) -> Any:
+            if not queries:
+                raise FloatingPointError("the gradient is not finite")
+            return step(queries, version)
+
+        monkeypatch.setattr(worker.learner, "step", fail)
+        for _ in range(4):
+            worker.turn()
+    counts = await ledger(settings, valkey.url)
+    assert counts == {"trained": BATCH}
+
+
 async def test_a_full_disk_between_publishing_and_promoting_is_made_good(
     settings: Settings,
     policy: Policy,
