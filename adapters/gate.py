@@ -19,6 +19,7 @@ from torch import Tensor
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.calibration import agreement, confidence, fit_temperature
 from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.types import Query, Verdict
@@ -26,7 +27,8 @@ from servetune.adapters.views import SAME
 
 KL_SAMPLES = 8
 MIN_WITNESSES = 12
-SHORT_LIST = 12  # answers among which a witness's is looked for
+SHORT_LIST = 12  # answers of a witness that are compared
+FARTHEST = 8.0  # nats
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +37,9 @@ class Limits:
 
     `min_valid`: valid-answer rate, as a share of the base's. `min_distinct`: number of different answers, as
     a share of the base's. `min_unshown`: probability of labels that the recent stream has not shown, on images
-    that show nothing, as a share of the base's. `min_witness`: change of the probability given to what the votes
-    say on queries that were never learned from, against base and against live; few witnesses are not heard.
+    that show nothing, as a share of the base's. `min_witness`: nats by which a candidate comes nearer to the votes
+    on queries that were never learned from, against base and against live; few witnesses are not heard.
+    `max_surer`: mean confidence on them that neither the votes nor the version's temperature account for.
     """
 
     max_kl_base: float = 1.0
@@ -44,7 +47,8 @@ class Limits:
     min_valid: float = 0.9
     min_distinct: float = 0.6
     min_unshown: float = 0.5
-    min_witness: float = -0.02
+    min_witness: float = -0.05
+    max_surer: float = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,8 +123,9 @@ class Gate:
             ("distinct", limits.min_distinct, math.inf),
             ("unshown", limits.min_unshown, math.inf),
         ]
-        if metrics["witnesses"] >= MIN_WITNESSES:
+        if "witness_base" in metrics:
             bounds += [(name, limits.min_witness, math.inf) for name in ("witness_base", "witness_live")]
+            bounds.append(("surer", -math.inf, limits.max_surer))
         # `not low <= value <= high` also catches NaN.
         reasons = tuple(
             f"{name} {metrics[name]:.3f} is " + (f"below {low:g}" if metrics[name] < low else f"above {high:g}")
@@ -146,24 +151,31 @@ class Gate:
         }
 
     def _hear(self, witnesses: Sequence[Lesson]) -> dict[str, float]:
-        """How much likelier the candidate finds what untaught queries were voted to be than base and live do."""
-        if not witnesses:
-            return {"witnesses": 0.0}
-        base = [float(w.ballot.scores[SAME].exp()[int(w.target.argmax())]) for w in witnesses]
-        ours, live = (self._agreement(slot, witnesses) for slot in (self.candidate, self.live))
+        """What untaught queries say: how near the candidate comes to their votes, and how sure it may sound."""
+        if len(witnesses) < MIN_WITNESSES:
+            return {"witnesses": float(len(witnesses)), "temperature": 1.0}
+        chosen = [_short_list(witness) for witness in witnesses]
+        targets = [w.target[each] / w.target[each].sum() for w, each in zip(witnesses, chosen, strict=True)]
+        base = [w.ballot.scores[SAME][each] for w, each in zip(witnesses, chosen, strict=True)]
+        ours, live = (self._answers(slot, witnesses, chosen) for slot in (self.candidate, self.live))
+        gain = agreement(ours, targets) - agreement(base, targets)
+        temperature = fit_temperature(ours, base, gain)
         return {
-            "witness_base": fmean(ours) - fmean(base),
-            "witness_live": fmean(ours) - fmean(live),
+            "witness_base": _distance(targets, base) - _distance(targets, ours),
+            "witness_live": _distance(targets, live) - _distance(targets, ours),
             "witnesses": float(len(witnesses)),
+            "temperature": temperature,
+            "surer": confidence(ours, temperature) - confidence(base) - max(0.0, gain),
         }
 
-    def _agreement(self, slot: str, witnesses: Sequence[Lesson]) -> list[float]:
+    def _answers(self, slot: str, witnesses: Sequence[Lesson], chosen: Sequence[list[int]]) -> list[Tensor]:
+        """Log-probabilities that a slot gives to some answers of each witness."""
         self.policy.use(slot)
         scored = self.policy.score_each(
-            [lesson.ballot.observations[SAME] for lesson in witnesses],
-            [_short_list(lesson) for lesson in witnesses],
+            [witness.ballot.observations[SAME] for witness in witnesses],
+            [[w.ballot.tokens[index] for index in each] for w, each in zip(witnesses, chosen, strict=True)],
         )
-        return [float(logprobs.softmax(-1)[0]) for logprobs in scored]
+        return [logprobs.cpu() for logprobs in scored]
 
     def _compare(self, one: _Replayed, candidate: _View, live: _View) -> _Comparison:
         if candidate.logprobs is None:
@@ -230,12 +242,19 @@ class Gate:
         return fmean(kept)
 
 
-def _short_list(lesson: Lesson) -> list[tuple[int, ...]]:
-    """The voted answer first, then those that come near it in the vote or in the reference."""
-    ballot = lesson.ballot
-    near = lesson.target + ballot.scores[SAME].exp()
-    near[int(lesson.target.argmax())] = math.inf
-    return [ballot.tokens[index] for index in near.topk(min(SHORT_LIST, len(near))).indices.tolist()]
+def _short_list(lesson: Lesson) -> list[int]:
+    """The answers that are likely in the vote or in the reference."""
+    near = lesson.target + lesson.ballot.scores[SAME].exp()
+    return near.topk(min(SHORT_LIST, len(near))).indices.tolist()  # type: ignore[no-any-return]
+
+
+def _distance(targets: Sequence[Tensor], logprobs: Sequence[Tensor]) -> float:
+    """Mean cross-entropy from votes to answers, in nats; one query counts FARTHEST at most.
+
+    A proper score: being surer than the votes costs as being wrong does.
+    """
+    pairs = zip(targets, logprobs, strict=True)
+    return fmean(min(-float((target * row.log_softmax(-1)).sum()), FARTHEST) for target, row in pairs)
 
 
 def _mass(view: _View, labels: list[int]) -> float:

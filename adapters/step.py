@@ -264,17 +264,10 @@ class Learner:
         )
         losses, divergences = [], []
         for lesson, view, best, target, logprobs in zip(lessons, views, chosen, targets, scored, strict=True):
+            # Reward q/p where there are votes and 0 for any other answer: the sum over all answers of
+            # p * reward * grad log p is q * grad log p over the voted ones.
+            loss = -(target.to(logprobs.device) * logprobs).sum()
             own = logprobs.log_softmax(-1)
-            shares = own.detach().exp()
-            # The vote relative to what the policy already believes; its mean over the policy is 1.
-            advantage = target.to(own.device) / shares.clamp(min=1e-9) - 1
-            loss = policy_loss(
-                logprobs[:, None],
-                logprobs.detach()[:, None],
-                advantage,
-                shares,
-                torch.ones_like(logprobs)[:, None],
-            )
             reference = lesson.ballot.scores[view][best].log_softmax(-1).to(own.device)
             divergence = (own.exp() * (own - reference)).sum()
             losses.append(loss + config.kl_coefficient * divergence)

@@ -97,6 +97,7 @@ class Manifest:
     rank: int
     target_modules: str
     probe: tuple[float, ...]
+    temperature: float = 1.0  # divides log-probabilities before they are shown as confidence
     label: str | None = None
     generation: int = 0  # of `live`, when the version was made
     step_range: tuple[int, int] | None = None
@@ -115,6 +116,7 @@ class Draft:
     origin: Origin
     parent: int | None
     probe: tuple[float, ...]
+    temperature: float = 1.0
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
     label: str | None = None
     generation: int = 0
@@ -339,6 +341,7 @@ class AdapterStore:
             origin=origin,
             parent=source,
             probe=made.probe,
+            temperature=made.temperature,
             label=label,
             metadata=metadata,
             generation=self.live().generation,

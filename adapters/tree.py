@@ -103,7 +103,14 @@ class _Trie:
         source = torch.tensor([rows[parent] for parent in self.parents], device=device)
         chosen = logits[source, torch.tensor(self.tokens, device=device)]
         logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
-        return [logprobs[torch.tensor(path, device=device)] for path in self.paths]
+        whole = torch.tensor([node for path in self.paths for node in path], device=device)
+        return list(logprobs[whole].split([len(path) for path in self.paths]))
+
+    def totals(self, logits: Tensor) -> Tensor:
+        """(N,) log-probability of each whole sequence, from the logits that `read` takes."""
+        owners = [index for index, path in enumerate(self.paths) for _ in path]
+        parts = torch.cat(self.read(logits))
+        return parts.new_zeros(len(self.paths)).index_add(0, torch.tensor(owners, device=parts.device), parts)
 
 
 def _score_part(family: Family, prefix: Prefix, sequences: list[Sequence[int]]) -> list[Tensor]:
@@ -132,15 +139,16 @@ def score_each(
     Returns:
         B tensors (N_b,).
     """
-    tries = [_Trie(own) for own in sequences]
     if not packs(family):
         return [_score_alone(family, prompt, own) for prompt, own in zip(prompts, sequences, strict=True)]
+    distinct = {id(own): own for own in sequences}  # the same long list of labels is often given for every prompt
+    grown = {key: _Trie(own) for key, own in distinct.items()}
+    tries = [grown[id(own)] for own in sequences]
     found: dict[int, Tensor] = {}
     for rows in _packs([p.length + len(t.inner) for (p, _), t in zip(prompts, tries, strict=True)]):
         logits = _allowed(family, family.extend_each([prompts[r] for r in rows], [tries[r].fed() for r in rows]))
         for place, row in enumerate(rows):
-            parts = tries[row].read(logits[place, : 1 + len(tries[row].inner)])
-            found[row] = torch.stack([part.sum() for part in parts])
+            found[row] = tries[row].totals(logits[place, : 1 + len(tries[row].inner)])
     return [found[row] for row in range(len(prompts))]
 
 
@@ -176,7 +184,7 @@ def packs(family: Family) -> bool:
         alone = [_score_alone(family, prompt, answers) for prompt in prompts]
         try:
             logits = _allowed(family, family.extend_each(prompts, [_Trie(answers).fed()] * 2))
-            packed = [torch.stack([p.sum() for p in _Trie(answers).read(row)]) for row in logits]
+            packed = [_Trie(answers).totals(row) for row in logits]
             known = all(torch.allclose(a, b, atol=1e-2, rtol=1e-3) for a, b in zip(alone, packed, strict=True))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             known = False

@@ -94,8 +94,8 @@ class Scorer:
         self._frozen: dict[str, Reply] = {}
 
     @torch.no_grad()
-    def pairs(self, items: Sequence[Item], batch: int = 16) -> list[tuple[Reply, Reply]]:
-        """The frozen model's reply to each item and the live adapter's, as a server gives them."""
+    def pairs(self, items: Sequence[Item], temperature: float, batch: int = 16) -> list[tuple[Reply, Reply]]:
+        """What the frozen model and the live adapter, at its temperature, reply to each item, as a server would."""
         found: dict[int, tuple[Reply, Reply]] = {}
         kinds: dict[tuple[str, ...], list[int]] = {}
         for index, item in enumerate(items):
@@ -103,44 +103,44 @@ class Scorer:
         for places in kinds.values():
             for start in range(0, len(places), batch):
                 part = places[start : start + batch]
-                found |= zip(part, self._pairs([items[index] for index in part]), strict=True)
+                found |= zip(part, self._pairs([items[index] for index in part], temperature), strict=True)
         return [found[index] for index in range(len(items))]
 
-    def _pairs(self, items: list[Item]) -> list[tuple[Reply, Reply]]:
+    def _pairs(self, items: list[Item], temperature: float) -> list[tuple[Reply, Reply]]:
         self._policy.use(None)
         seen = [self._policy.observe(item.query(self._question)) for item in items]
         if any(item.id not in self._frozen for item in items):
-            replies = self._replies(None, items, seen)
+            replies = self._replies(None, items, seen, 1.0)
             self._frozen |= {item.id: reply for item, reply in zip(items, replies, strict=True)}
-        return [
-            (self._frozen[item.id], reply)
-            for item, reply in zip(items, self._replies(LIVE, items, seen), strict=True)
-        ]
+        adapted = self._replies(LIVE, items, seen, temperature)
+        return [(self._frozen[item.id], reply) for item, reply in zip(items, adapted, strict=True)]
 
-    def _replies(self, slot: str | None, items: list[Item], seen: list[Observation]) -> list[Reply]:
+    def _replies(
+        self, slot: str | None, items: list[Item], seen: list[Observation], temperature: float
+    ) -> list[Reply]:
         self._policy.use(slot)
         if items[0].labels:
-            return self._closed(items, seen)
-        return [self._open(item, observation) for item, observation in zip(items, seen, strict=True)]
+            return self._closed(items, seen, temperature)
+        return [self._open(item, observation, temperature) for item, observation in zip(items, seen, strict=True)]
 
-    def _closed(self, items: list[Item], seen: list[Observation]) -> list[Reply]:
+    def _closed(self, items: list[Item], seen: list[Observation], temperature: float) -> list[Reply]:
         """The likeliest label of each."""
         labels = items[0].labels
         logprobs = self._policy.likely_labels(seen, labels)
-        shares = logprobs.softmax(-1).max(-1)
+        shares = (logprobs / temperature).softmax(-1).max(-1)
         mass = logprobs.exp().sum(-1).clamp(max=1.0)
         return [
             Reply(labels[int(best)] == item.truth, float(share), float(valid))
             for item, best, share, valid in zip(items, shares.indices, shares.values, mass, strict=True)
         ]
 
-    def _open(self, item: Item, seen: Observation) -> Reply:
+    def _open(self, item: Item, seen: Observation, temperature: float) -> Reply:
         """The greedy answer."""
         family = self._policy.family
         sample = tree.sample(family, self._policy.begin(seen), 1, self._max_tokens, temperature=0.0)[0]
         answer = canonical(family.text(sample.tokens)) if sample.finished else ""
         right = bool(answer) and answer == canonical(item.truth or "")
-        return Reply(right, math.exp(sample.logprob), float(bool(answer)))
+        return Reply(right, math.exp(sample.logprob / temperature), float(bool(answer)))
 
 
 def run(
@@ -163,13 +163,16 @@ def run(
     made = Run()
     with tempfile.TemporaryDirectory() as home:
         stream = ListStream()
-        worker = _worker(policy, settings, Path(home), stream)
+        store = _store(policy, Path(home))
+        worker = _worker(policy, settings, store, stream, Path(home))
         worker.learner.truths = truths or {}
         chunk = settings.queries_per_step
         for start in range(0, len(split.learn), chunk):
             items = split.learn[start : start + chunk]
             scored = [item for item in items if item.truth is not None]
-            made.right += [(frozen.right, adapted.right) for frozen, adapted in scorer.pairs(scored)]
+            made.right += [
+                (frozen.right, adapted.right) for frozen, adapted in scorer.pairs(scored, _temperature(store))
+            ]
             if learns:
                 stream.waiting += [item.query(policy.family.recognition_question) for item in items]
             while stream.waiting:
@@ -179,18 +182,27 @@ def run(
         while worker.learner.unfinished:
             worker.turn()
         _note(made, stream, len(split.learn))
+        temperature = _temperature(store)
     for verdict in stream.verdicts:
         made.published += verdict["accepted"]
         made.rejected.update(reason.split()[0] for reason in verdict["reasons"])
-    _measure(made, split, source, scorer)
+    _measure(made, split, source, scorer, temperature)
     made.cpu_s = time.process_time() - began
     return made
 
 
-def _worker(policy: Policy, settings: Settings, home: Path, stream: ListStream) -> Worker:
+def _store(policy: Policy, home: Path) -> AdapterStore:
     store = AdapterStore(home / "store")
     policy.use(None)
     store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
+    return store
+
+
+def _temperature(store: AdapterStore) -> float:
+    return store.manifest(store.live().version).temperature
+
+
+def _worker(policy: Policy, settings: Settings, store: AdapterStore, stream: ListStream, home: Path) -> Worker:
     settings = settings.model_copy(update={"home": home, "flush_s": 0.0})
     return Worker(settings, policy, store, cast(QueryStream, stream), AuditLog(home / "audit.jsonl"))
 
@@ -202,17 +214,29 @@ def _note(made: Run, stream: ListStream, asked: int) -> None:
     made.series.append({"asked": asked, **status.last_step, **{f"gate_{name}": v for name, v in gate.items()}})
 
 
-def _measure(made: Run, split: Split, source: Sequence[Item], scorer: Scorer) -> None:
+def _measure(made: Run, split: Split, source: Sequence[Item], scorer: Scorer, temperature: float) -> None:
     frozen, adapted = ([pair[index] for pair in made.right] for index in (0, 1))
     made.figures |= {"frozen": _share(frozen), "prequential": _share(adapted), "worst_window": _worst(made.right)}
     for name, items in (("heldout", split.heldout), ("unseen_labels", split.unseen), ("source", source)):
         if not items:
             continue
-        for kind, replies in zip(("frozen", "adapted"), zip(*scorer.pairs(items), strict=True), strict=True):
+        for kind, replies in zip(
+            ("frozen", "adapted"), zip(*scorer.pairs(items, temperature), strict=True), strict=True
+        ):
             made.figures[f"{name}_{kind}"] = _share([reply.right for reply in replies])
             if name == "heldout":
                 made.figures[f"valid_{kind}"] = fmean(reply.valid for reply in replies)
                 made.figures[f"ece_{kind}"] = calibration_error(replies)
+                made.figures |= {f"{part}_{kind}": share for part, share in _by_kind(items, replies).items()}
+
+
+def _by_kind(items: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:
+    """Accuracy on yes/no and on open questions apart, where there are both."""
+    right: dict[str, list[bool]] = {"yes_no": [], "open": []}
+    for item, reply in zip(items, replies, strict=True):
+        if not item.labels:
+            right["yes_no" if canonical(item.truth or "") in ("yes", "no") else "open"].append(reply.right)
+    return {kind: _share(found) for kind, found in right.items()} if all(right.values()) else {}
 
 
 def calibration_error(replies: Sequence[Reply]) -> float:

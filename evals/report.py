@@ -27,6 +27,7 @@ KEYS = (
     "ece_frozen",
     "ece_adapted",
 )
+PARTS = ("yes_no_frozen", "yes_no_adapted", "open_frozen", "open_adapted")  # of held-out open questions
 # Two-sided 95 % quantiles of Student's t by degrees of freedom; beyond, the normal one.
 T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10)
 
@@ -52,7 +53,7 @@ def as_record(learner: str, seed: int, files: Run, labels: Run | None) -> dict[s
 def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds; `worst_window` is the minimum, and null is what was not measured."""
     summary: dict[str, Any] = {}
-    for key in KEYS:
+    for key in (*KEYS, *PARTS):
         values = [record["figures"][key] for record in records if key in record["figures"]]
         best = min(values, default=None) if key == "worst_window" else (fmean(values) if values else None)
         summary[key] = None if best is None else round(best, 4)
@@ -61,7 +62,7 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     summary["rejected"] = dict(sum((Counter(record["rejected"]) for record in records), Counter()))
     summary["cpu_s"] = round(sum(record["cpu_s"] for record in records), 1)
     summary["seeds"] = len(records)
-    summary["ci95"] = {key: _interval(records, key) for key in KEYS}
+    summary["ci95"] = {key: _interval(records, key) for key in (*KEYS, *PARTS)}
     return summary
 
 
@@ -94,7 +95,7 @@ def write(folder: Path, name: str, options: Mapping[str, Any], records: Sequence
 
 
 def _table(name: str, summaries: Mapping[str, Mapping[str, Any]]) -> str:
-    columns = [*KEYS, "removed", "published", "cpu_s"]
+    columns = [*KEYS, *PARTS, "removed", "published", "cpu_s"]
     lines = [f"# {name}", "", "Means over seeds, +- half of the 95 % interval; `worst_window` is the minimum.", ""]
     lines += ["| |" + "|".join(summaries) + "|", "|---|" + "---|" * len(summaries)]
     for column in columns:

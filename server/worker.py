@@ -207,6 +207,7 @@ class Worker:
                 origin="worker",
                 parent=self._live.version,
                 probe=self._policy.probe(),
+                temperature=verdict.metrics.get("temperature", 1.0),
                 generation=self._live.generation,
                 step_range=(self._first_step + 1, self.learner.steps),
                 query_ids=tuple(d.query.id for d in self._held),

@@ -1,0 +1,44 @@
+"""How sure an adapter may sound: one temperature per version, fitted without labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from torch import Tensor
+
+MAX_TEMPERATURE = 4.0
+
+
+def confidence(logprobs: Sequence[Tensor], temperature: float = 1.0) -> float:
+    """Mean probability of the likeliest answer, of (M,) log-probabilities per query divided by the temperature."""
+    return fmean(float((row / temperature).softmax(-1).max()) for row in logprobs)
+
+
+def agreement(logprobs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
+    """Share of queries whose likeliest answer is the voted one."""
+    return fmean(float(row.argmax() == target.argmax()) for row, target in zip(logprobs, targets, strict=True))
+
+
+def fit_temperature(ours: Sequence[Tensor], base: Sequence[Tensor], gain: float) -> float:
+    """The lowest temperature from 1 at which an adapter is no surer than the base, but for what it has gained.
+
+    Learning from votes makes a model surer whether it gets better or not. A model that was honest about its errors
+    stays so while its mean confidence grows by no more than its accuracy does; votes on queries that were never
+    learned from stand in for the accuracy.
+
+    Args:
+        ours, base: (M,) log-probabilities per query, over the same answers.
+        gain: accuracy gained, a fraction.
+
+    Returns:
+        1 to MAX_TEMPERATURE.
+    """
+    allowed = confidence(base) + max(0.0, gain)
+    low, high = 1.0, MAX_TEMPERATURE
+    if confidence(ours, low) <= allowed:
+        return low
+    for _ in range(30):
+        middle = (low + high) / 2
+        low, high = (middle, high) if confidence(ours, middle) > allowed else (low, middle)
+    return high

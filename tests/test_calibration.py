@@ -1,0 +1,48 @@
+"""A temperature lets an adapter be as sure as the base and what it gained allow, and no surer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from servetune.adapters.calibration import MAX_TEMPERATURE, agreement, confidence, fit_temperature
+
+
+def rows(scale: float, seed: int = 0, num: int = 40) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return list((scale * torch.randn(num, 6, generator=generator)).log_softmax(-1))
+
+
+def test_confidence_is_the_mean_of_the_highest_probabilities() -> None:
+    two = [torch.tensor([0.9, 0.1]).log(), torch.tensor([0.3, 0.7]).log()]
+    assert confidence(two) == pytest.approx(0.8)
+    assert confidence(two, 1e6) == pytest.approx(0.5, abs=1e-4)
+
+
+def test_agreement_counts_likeliest_answers() -> None:
+    ours = [torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.7])]
+    assert agreement(ours, [torch.tensor([0.6, 0.4]), torch.tensor([0.6, 0.4])]) == 0.5
+
+
+def test_a_modest_adapter_is_left_alone() -> None:
+    assert fit_temperature(rows(1.0), rows(2.0), 0.0) == 1.0
+
+
+@given(seed=st.integers(0, 1000), gain=st.floats(-0.2, 0.2))
+def test_a_surer_adapter_is_cooled_to_what_is_allowed(seed: int, gain: float) -> None:
+    ours, base = rows(3.0, seed), rows(1.5, seed + 1)
+    temperature = fit_temperature(ours, base, gain)
+    allowed = confidence(base) + max(0.0, gain)
+    if temperature == 1.0:
+        assert confidence(ours) <= allowed
+    else:
+        assert temperature < MAX_TEMPERATURE
+        assert confidence(ours, temperature) == pytest.approx(allowed, abs=1e-4)
+
+
+def test_what_no_temperature_can_mend_stops_at_the_highest() -> None:
+    certain = [torch.tensor([1.0, 0, 0, 0, 0, 0]).mul(60).log_softmax(-1)] * 20
+    assert fit_temperature(certain, rows(0.1), 0.0) == MAX_TEMPERATURE
