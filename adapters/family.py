@@ -112,6 +112,8 @@ class Family:
             UnsupportedModel: not found, not an image-text-to-text checkpoint, no chat template, or attention
                 that cannot share a prompt between rollouts.
         """
+        if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
+            raise UnsupportedModel(f"cannot load {source}: there is no such folder")
         try:
             config = AutoConfig.from_pretrained(source)
         except (OSError, ValueError) as error:

@@ -12,14 +12,17 @@ from torch import Tensor
 EPSILON = 1e-6
 
 
-def advantages(rewards: Tensor, weights: Tensor, num: int | None = None, scale: bool = True) -> Tensor:
-    """(r - mean) / std within one group.
+def advantages(
+    rewards: Tensor, weights: Tensor, num: int | None = None, scale: bool = True, epsilon: float = EPSILON
+) -> Tensor:
+    """(r - mean) / (std + epsilon) within one group.
 
     Args:
         rewards: (M,). weights: (M,), sum 1.
         num: how many answers were drawn; the variance is then the unbiased one, as in the published code.
         scale: divide by the standard deviation. Without it a nearly unanimous group does not push hardest
             (arXiv 2503.20783).
+        epsilon: keeps a group of equal rewards finite; TRL has 1e-4.
     """
     centred = rewards - (weights * rewards).sum()
     if not scale:
@@ -27,7 +30,7 @@ def advantages(rewards: Tensor, weights: Tensor, num: int | None = None, scale: 
     variance = (weights * centred**2).sum()
     if num is not None and num > 1:
         variance = variance * num / (num - 1)
-    return centred / (variance.sqrt() + EPSILON)
+    return centred / (variance.sqrt() + epsilon)
 
 
 def policy_loss(
@@ -44,7 +47,8 @@ def policy_loss(
         logprobs: (M, T) of the policy, with gradient.
         old_logprobs: (M, T) of the policy that made the rollouts.
         advantage: (M,). weights: (M,), sum 1.
-        mask: (M, T), 1 on tokens, or weights of the tokens such as 1/length.
+        mask: (M, T), 1 on tokens, or weights of the tokens. Ones sum over tokens; 1 / own length is the published
+            mean (TRL's `grpo`), 1 / mean length is `bnpo`, 1 / longest allowed length is `dr_grpo`.
         clip: half width of the trust region of the ratio.
     """
     ratio = (logprobs - old_logprobs).exp()

@@ -341,7 +341,9 @@ class Learner:
         weights = rollouts.weights.to(logprobs.device)
         rewards = torch.tensor(self._rewards(group), device=logprobs.device)
         advantage = advantages(rewards, weights, rollouts.num, config.scale)
-        tokens = mask / mask.sum(-1, keepdim=True) if config.per_token else mask.float()
+        tokens = mask.to(logprobs.dtype)
+        if config.per_token:
+            tokens = tokens / tokens.sum(-1, keepdim=True)
         # On-policy: the rollouts were made by these very weights, so the old policy is this one, detached.
         loss = policy_loss(logprobs, logprobs.detach(), advantage, weights, tokens, config.clip)
         if config.confidence:

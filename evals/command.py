@@ -15,6 +15,7 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from servetune.adapters.answers import canonical
 from servetune.adapters.family import UnsupportedModel
 from servetune.evals import Options, protocol, report, streams
 from servetune.evals.data import BadData, Data, Item, read, split_files, split_labels
@@ -93,6 +94,13 @@ def _as_task(items: Sequence[Item], task: str | None) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def _truths(items: Sequence[Item]) -> dict[str, str]:
+    """Answers by query id in the form that is voted on: labels as given, open answers canonical."""
+    return {
+        item.id: item.truth if item.labels else canonical(item.truth) for item in items if item.truth is not None
+    }
+
+
 class _Bench:
     """One loaded model, the data, and the folder of finished runs."""
 
@@ -141,7 +149,6 @@ class _Bench:
             progress(done, len(split.learn))
 
         named = "default" if learner in ("frozen", "oracle") else learner
-        truths = {item.id: item.truth for item in split.learn if item.truth is not None}
         return protocol.run(
             self._policy,
             self._settings.model_copy(update={"learner": named, "seed": seed}),
@@ -150,5 +157,5 @@ class _Bench:
             self._scorer,
             advance,
             learns=learner != "frozen",
-            truths=truths if learner == "oracle" else None,
+            truths=_truths(split.learn) if learner == "oracle" else None,
         )

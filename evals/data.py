@@ -73,39 +73,48 @@ class _Line(BaseModel):
 
     image: str
     question: str = ""
-    answer: str = Field(min_length=1)
+    answer: str | None = Field(None, min_length=1)
     candidate_labels: tuple[str, ...] = ()
 
 
-def read(path: Path) -> Data:
+def read(path: Path, labelled: bool = True) -> Data:
     """An image folder (`label/*.png`) or a JSONL file.
+
+    Args:
+        labelled: False reads no answers: lines may have none, and a folder may hold images without a label.
 
     Raises:
         BadData: neither, or something in it cannot be used.
     """
     if path.is_dir():
-        return Data(path.name, tuple(_read_folder(path)))
+        return Data(path.name, tuple(_read_folder(path, labelled)))
     if path.is_file():
-        return Data(path.stem, tuple(_read_lines(path)))
+        return Data(path.stem, tuple(_read_lines(path, labelled)))
     raise BadData(f"{path} is neither a folder, nor a JSONL file, nor a built-in stream")
 
 
-def _read_folder(folder: Path) -> list[Item]:
+def _read_folder(folder: Path, labelled: bool) -> list[Item]:
+    if not labelled and (files := _images(folder)):
+        return [Item(file.name, file.name, _opener(file), "", None) for file in files]
     labels = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
     if len(labels) < 2:
         raise BadData(f"{folder} needs a folder of images for each of at least two labels")
     items = []
     for label in labels:
-        files = sorted(p for p in (folder / label).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        files = _images(folder / label)
         if not files:
             raise BadData(f"{folder / label} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:
             name = f"{label}/{file.name}"
-            items.append(Item(name, name, _opener(file), "", label, labels))
+            items.append(Item(name, name, _opener(file), "", label if labelled else None, labels))
     return items
 
 
-def _read_lines(path: Path) -> list[Item]:
+def _images(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_lines(path: Path, labelled: bool) -> list[Item]:
     items = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         if not text.strip():
@@ -117,7 +126,9 @@ def _read_lines(path: Path) -> list[Item]:
         except ValidationError as error:
             first = error.errors()[0]
             raise BadData(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        if line.candidate_labels and line.answer not in line.candidate_labels:
+        if labelled and line.answer is None:
+            raise BadData(f"{path}:{number}: there is no answer to score with")
+        if labelled and line.candidate_labels and line.answer not in line.candidate_labels:
             raise BadData(f"{path}:{number}: the answer is not one of candidate_labels")
         if not line.candidate_labels and not line.question:
             raise BadData(f"{path}:{number}: a question is needed where there are no candidate_labels")
@@ -130,7 +141,7 @@ def _read_lines(path: Path) -> list[Item]:
                 line.image,
                 _opener(file),
                 line.question,
-                line.answer,
+                line.answer if labelled else None,
                 line.candidate_labels,
             )
         )

@@ -36,6 +36,17 @@ NOWHERE = Alias(BASE, -1)  # never equal to what is live, so the next turn follo
 log = structlog.get_logger()
 
 
+def learner_config(settings: Settings) -> LearnerConfig:
+    """The learner that the settings name."""
+    return LearnerConfig.named(
+        settings.learner,
+        num_rollouts=settings.num_rollouts,
+        max_tokens=settings.max_answer_tokens,
+        learning_rate=settings.learning_rate,
+        kl_coefficient=settings.kl_coefficient,
+    )
+
+
 class Worker:
     """Learns for one adapter. `turn` is one round of the loop; `run` repeats it until told to stop."""
 
@@ -47,14 +58,7 @@ class Worker:
         self._store = store
         self._stream = stream
         self._audit = audit
-        config = LearnerConfig.named(
-            settings.learner,
-            num_rollouts=settings.num_rollouts,
-            max_tokens=settings.max_answer_tokens,
-            learning_rate=settings.learning_rate,
-            kl_coefficient=settings.kl_coefficient,
-        )
-        self.learner = Learner(policy, config, seed=settings.seed)
+        self.learner = Learner(policy, learner_config(settings), seed=settings.seed)
         self._gate = Gate(policy, max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
         self._leased: list[Delivery] = []  # everything taken and not settled

@@ -1,4 +1,4 @@
-"""The command `servetune`. Only `serve` and `worker` import the server, and only when they are called."""
+"""The command `servetune`. The server is imported by `serve`, `worker`, `eval` and `doctor` alone, when called."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from pydantic import ValidationError
 
 import servetune
+from servetune import render
 from servetune.clients import (
     AdaptationStatus,
     AdapterInfo,
@@ -21,7 +22,7 @@ from servetune.clients import (
     Client,
     VersionInfo,
 )
-from servetune.connect import USAGE, command, fail
+from servetune.connect import REFUSED, USAGE, OutputOption, command, fail
 from servetune.evals import BASELINES, LEARNERS, Options
 
 SETTINGS: dict[str, Any] = {
@@ -175,6 +176,33 @@ def _evaluate(options: Options) -> None:
     except evaluation.REFUSALS as error:
         fail(str(error), USAGE)
     typer.echo(json.dumps(summary))
+
+
+@app.command()
+def doctor(
+    model: ModelArgument = None,
+    data: Annotated[
+        str | None, typer.Option(help="Has learning anything to gain here? As for eval; labels are not read.")
+    ] = None,
+    device: DeviceOption = None,
+    output: OutputOption = render.Output.table,
+) -> None:
+    """Check a model on this machine before going live. Exit code 1: it cannot serve or cannot learn."""
+    try:
+        examination = importlib.import_module("servetune.evals.doctor")
+    except ModuleNotFoundError as error:
+        _explain_missing(error)
+    try:
+        report = examination.run(model, data, device)
+    except ValidationError as error:
+        _explain_settings(error)
+    except examination.MISUSE as error:
+        fail(str(error), USAGE)
+    except examination.REFUSALS as error:
+        fail(str(error), REFUSED)
+    render.show(report, output)
+    if not report.can_learn:
+        raise typer.Exit(REFUSED)
 
 
 def _explain_settings(error: ValidationError) -> NoReturn:

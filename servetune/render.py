@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from servetune.clients.types import AdapterInfo, Answer, AuditEntry, VersionInfo
+from servetune.evals.findings import Report
 
 COLUMNS: dict[type[BaseModel], tuple[str, ...]] = {
     AdapterInfo: ("name", "live", "serving", "generation", "num_versions", "aliases"),
@@ -40,8 +41,10 @@ def show(result: Any, output: Output) -> None:
     console = Console()
     if isinstance(result, Answer):
         _show_answer(console, result)
+    elif isinstance(result, Report):
+        _show_report(console, result)
     elif isinstance(result, BaseModel):
-        console.print(_facts(result))
+        console.print(_facts(iter(result)))
     elif isinstance(result, list):
         console.print(_listing(result) if result else "nothing there yet")
     else:
@@ -69,15 +72,27 @@ def _show_answer(console: Console, answer: Answer) -> None:
     console.print(_text(f"{note} · learning {learning}", "dim"))
 
 
+def _show_report(console: Console, report: Report) -> None:
+    console.print(_facts((name, value) for name, value in report if name != "problems"))
+    for each in report.problems:
+        kind = f"no {each.blocks}" if each.blocks else "note"
+        console.print(_text(f"\n{kind}: {each.problem}", "bold"))
+        console.print(_text(f"  {each.advice}"))
+    able = [name for name, can in (("serve", report.can_serve), ("learn", report.can_learn)) if can]
+    console.print(_text(f"\nit can {' and '.join(able)}" if able else "\nit cannot serve", "bold"))
+    if report.data:
+        console.print(_text(f"{report.data.name}: {report.data.verdict}", "bold"))
+
+
 def _listing(rows: Sequence[BaseModel]) -> Table:
     columns = COLUMNS.get(type(rows[0]), tuple(type(rows[0]).model_fields))
     return _table(columns, ([_value(name, getattr(row, name)) for name in columns] for row in rows))
 
 
-def _facts(result: BaseModel) -> Table:
+def _facts(fields: Iterable[tuple[str, Any]]) -> Table:
     """Every field, those of a nested model under `outer.inner`."""
     facts: list[tuple[str, str]] = []
-    for name, value in result:
+    for name, value in fields:
         if isinstance(value, BaseModel):
             facts += [(f"{name}.{inner}", _value(inner, each)) for inner, each in value]
         else:
@@ -100,7 +115,7 @@ def _value(name: str, value: Any) -> str:
     if name in MOMENTS:
         return datetime.fromtimestamp(value).astimezone().isoformat(" ", "seconds")
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.4g}" if abs(value) < 10_000 else f"{value:.0f}"
     if isinstance(value, dict):
         return ", ".join(f"{key} {_value('', each)}" for key, each in value.items()) or "-"
     if isinstance(value, list | tuple):

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from servetune.adapters import tree
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore, Draft, UnknownVersion
-from servetune.adapters.tree import Stopped
+from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Sampling
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
 from servetune.server.settings import Settings
@@ -67,6 +68,18 @@ async def test_recognition_gives_probabilities_over_the_labels(engine: Engine) -
     assert (outcome.version, outcome.alias) == (0, "live")
     best = await engine.answer(query(labels=LABELS), Sampling(top_k=1), "base")
     assert len(best.candidates) == 1
+
+
+async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = {"Three dogs.": 3, "3 dogs": 4, "The cat": 5}
+    encode = engine._policy.family.tokens
+    drawn = [Sample(encode(text), -1.0, count, True) for text, count in said.items()]
+    monkeypatch.setattr(tree, "sample", lambda *_, **__: drawn)
+    voted = await engine.answer(query(), Sampling(n=12, temperature=1.0), "live")
+    assert voted.text == "3 dogs"
+    assert voted.votes == {"3 dogs": pytest.approx(7 / 12), "The cat": pytest.approx(5 / 12)}
 
 
 async def test_open_answers(engine: Engine) -> None:

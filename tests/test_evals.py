@@ -157,6 +157,14 @@ def test_order_and_number_of_samples() -> None:
     assert split_files(data, 1, None, True).learn != split_files(data, 2, None, True).learn
 
 
+def test_the_oracle_is_told_answers_as_they_are_voted_on() -> None:
+    def item(name: str, truth: str | None, *labels: str) -> Item:
+        return Item(name, name, lambda: Image.new("RGB", (8, 8)), "?", truth, labels)
+
+    told = command._truths([item("a", "Three."), item("b", "The End", "The End", "Two"), item("c", None)])
+    assert told == {"a": "3", "b": "The End"}
+
+
 def test_unscored_items_are_mixed_in() -> None:
     attack = tuple(Item(f"x{n}", f"x{n}", lambda: Image.new("RGB", (8, 8)), "", None) for n in range(3))
     split = split_files(Data("made", items(2, 4), extra=attack), 0, None, True)

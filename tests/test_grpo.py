@@ -1,10 +1,34 @@
-"""Advantages and loss against the published formulas, written out here a second time in float64."""
+"""Advantages and loss against the published formulas, written out here a second time in float64.
 
+The second writing repeats every answer as often as it was drawn, as published code does; ours has each distinct
+answer once, with a weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
+from servetune.adapters import tree
+from servetune.adapters.grpo import EPSILON, advantages, kl_penalty, policy_loss
+from servetune.adapters.policy import Policy
+from servetune.adapters.rewards import REWARDS, count_votes
+from servetune.adapters.step import Learner, LearnerConfig
+from servetune.adapters.types import Rollouts
+from tests.conftest import query, stir
+
+AGGREGATIONS = ("grpo", "bnpo", "dr_grpo", "luspo")  # TRL's names; luspo sums over tokens
+TRL_EPSILON = 1e-4
+LONGEST = 8
 
 
 def test_a_constant_added_to_a_group_changes_no_advantage() -> None:
@@ -62,3 +86,294 @@ def test_exact_weights_give_the_gradient_of_the_expected_reward() -> None:
     ).backward()
     assert direct.grad is not None
     torch.testing.assert_close(ours.grad, -direct.grad)
+
+
+# --- by hand -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reward", "values", "deviations", "squares"),
+    [
+        ("frequency", (5 / 8, 2 / 8, 0), (0.171875, -0.203125, -0.453125), 0.435546875),
+        ("majority", (1, 0, 0), (0.375, -0.625, -0.625), 1.875),
+        ("format-only", (1, 1, 0), (0.125, 0.125, -0.875), 0.875),
+    ],
+)
+def test_rewards_and_advantages_by_hand(
+    reward: str, values: tuple[float, ...], deviations: tuple[float, ...], squares: float
+) -> None:
+    """Eight answers: five say a, two say b, one says nothing. The sum of squared deviations is over all eight."""
+    weights = torch.tensor([5, 2, 1]).double() / 8
+    votes = count_votes(Rollouts(((1,), (2,), (3,)), ("a", "b", ""), weights, torch.zeros(3), 8, 0))
+    assert REWARDS[reward](votes) == list(values)
+    rewards = torch.tensor(REWARDS[reward](votes), dtype=torch.float64)
+    expected = torch.tensor(deviations, dtype=torch.float64)
+    std = math.sqrt(squares / 7)
+    torch.testing.assert_close(advantages(rewards, weights, 8), expected / (std + 1e-6), atol=1e-12, rtol=0)
+    torch.testing.assert_close(
+        advantages(rewards, weights, 8, epsilon=0.5), expected / (std + 0.5), atol=1e-12, rtol=0
+    )
+    torch.testing.assert_close(advantages(rewards, weights, 8, scale=False), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "gain", "slope"),
+    [
+        (1.0, 2.0, 2.0, 2.0),
+        (1.5, 2.0, 2.4, 0.0),  # gone far enough
+        (0.5, 2.0, 1.0, 1.0),  # the wrong way: not clipped
+        (0.5, -2.0, -1.6, 0.0),
+        (1.5, -2.0, -3.0, -3.0),
+        (1.5, 0.0, 0.0, 0.0),
+    ],
+)
+def test_the_clipped_objective_by_hand(ratio: float, advantage: float, gain: float, slope: float) -> None:
+    """`slope` is the derivative by the log-probability: ratio * advantage where nothing is clipped."""
+    one = torch.ones(1, dtype=torch.float64)
+    logprobs = torch.tensor([[math.log(ratio) - 3]], dtype=torch.float64, requires_grad=True)
+    loss = policy_loss(logprobs, -3 * one[None], advantage * one, one, one[None])
+    loss.backward()
+    assert logprobs.grad is not None
+    assert (-float(loss.detach()), -float(logprobs.grad)) == pytest.approx((gain, slope), abs=1e-12)
+
+
+def test_the_kl_term_by_hand() -> None:
+    """Weights 3/4 and 1/4; the reference twice and half as likely: 2 - ln 2 - 1 and 1/2 + ln 2 - 1."""
+    logprobs = torch.tensor([[-1.0, -9.0], [-1.0, -2.0]], dtype=torch.float64)
+    shift = math.log(2)
+    reference = logprobs + torch.tensor([[shift, 5.0], [-shift, 0.0]], dtype=torch.float64)
+    mask = torch.tensor([[1.0, 0.0], [1.0, 1.0]], dtype=torch.float64)
+    weights = torch.tensor([0.75, 0.25], dtype=torch.float64)
+    expected = 0.75 * (1 - shift) + 0.25 * (shift - 0.5)
+    assert float(kl_penalty(logprobs, reference, weights, mask)) == pytest.approx(expected, abs=1e-12)
+    assert float(kl_penalty(logprobs, logprobs, weights, mask)) == 0
+
+
+# --- against TRL's formulas --------------------------------------------------------------------------
+
+
+@dataclass
+class Case:
+    """A random group: M distinct answers of at most T tokens, how often each was drawn, and three policies."""
+
+    counts: list[int]
+    rewards: Tensor  # (M,)
+    new: Tensor  # (M, T)
+    old: Tensor
+    reference: Tensor
+    mask: Tensor  # (M, T) 1 on tokens
+    beta: float
+
+    @property
+    def rows(self) -> Tensor:
+        """For every drawn answer the row of the distinct one."""
+        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+
+    @property
+    def weights(self) -> Tensor:
+        return torch.tensor(self.counts).double() / sum(self.counts)
+
+    def tokens(self, aggregation: str) -> Tensor:
+        """Our weights of tokens for one of TRL's ways to aggregate."""
+        lengths = self.mask.sum(-1)
+        per_token = {
+            "grpo": 1 / lengths[:, None],
+            "bnpo": 1 / (self.weights * lengths).sum(),
+            "dr_grpo": torch.tensor(1 / LONGEST).double(),
+            "luspo": torch.tensor(1.0).double(),
+        }
+        return self.mask * per_token[aggregation]
+
+
+def make_case(seed: int) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    def integer(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    distinct, longest = integer(1, 9), integer(1, LONGEST)
+    counts = [integer(1, 9) for _ in range(distinct)]
+    if sum(counts) == 1:  # a group of one has no deviation
+        counts = [2]
+    new = -normal(distinct, longest).abs() * 2
+    lengths = torch.tensor([integer(1, longest + 1) for _ in range(distinct)])
+    mask = torch.arange(longest) < lengths[:, None]
+    if seed % 3 == 0:  # holes too, as where a tool spoke
+        mask &= torch.rand(mask.shape, generator=generator) > 0.3
+        mask[:, 0] = True
+    return Case(
+        counts=counts,
+        rewards=torch.full((distinct,), 0.3).double() if seed % 7 == 0 else normal(distinct),
+        new=new,
+        old=new.clone() if seed % 5 == 0 else new + 0.3 * normal(distinct, longest),
+        reference=new + 0.5 * normal(distinct, longest),
+        mask=mask.double(),
+        beta=0.0 if seed % 2 else float(normal(1).abs()),
+    )
+
+
+def trl_advantages(rewards: Tensor, scale: bool, epsilon: float) -> Tensor:
+    centred = rewards - rewards.mean()
+    return centred / (rewards.std() + epsilon) if scale else centred
+
+
+def trl_loss(
+    new: Tensor, old: Tensor, reference: Tensor, mask: Tensor, advantage: Tensor, beta: float, aggregation: str
+) -> Tensor:
+    """What `GRPOTrainer._compute_loss` documents, for drawn answers one per row."""
+    ratio = torch.exp(new - old)
+    kl = torch.exp(reference - new) - (reference - new) - 1
+    clipped = torch.clamp(ratio, 1 - 0.2, 1 + 0.2)
+    each = beta * kl - torch.min(ratio * advantage[:, None], clipped * advantage[:, None])
+    if aggregation == "grpo":
+        return ((each * mask).sum(-1) / mask.sum(-1)).mean()
+    if aggregation == "bnpo":
+        return (each * mask).sum() / mask.sum()
+    if aggregation == "dr_grpo":
+        return (each * mask).sum() / (len(each) * LONGEST)
+    return (each * mask).sum(-1).mean()
+
+
+def ours(case: Case, scale: bool, aggregation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Advantages, loss and its gradient by the (M, T) log-probabilities of the distinct answers."""
+    new = case.new.clone().requires_grad_()
+    weights, tokens = case.weights, case.tokens(aggregation)
+    advantage = advantages(case.rewards, weights, sum(case.counts), scale, TRL_EPSILON)
+    loss = policy_loss(new, case.old, advantage, weights, tokens)
+    loss = loss + case.beta * kl_penalty(new, case.reference, weights, tokens)
+    return advantage, loss.detach(), torch.autograd.grad(loss, new)[0]
+
+
+def assert_exact(found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, atol=1e-8, rtol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+@pytest.mark.parametrize("scale", [True, False])
+def test_weighted_answers_are_trl_on_repeated_ones(aggregation: str, scale: bool) -> None:
+    met: dict[str, int] = defaultdict(int)
+    for seed in range(150):
+        case, rows = make_case(seed), make_case(seed).rows
+        new = case.new.clone().requires_grad_()
+        advantage = trl_advantages(case.rewards[rows], scale, TRL_EPSILON)
+        drawn = (each[rows] for each in (new, case.old, case.reference, case.mask))
+        loss = trl_loss(*drawn, advantage, case.beta, aggregation)
+        gradient = torch.autograd.grad(loss, new)[0]
+
+        our_advantage, our_loss, our_gradient = ours(case, scale, aggregation)
+        assert_exact(our_advantage[rows], advantage)
+        assert_exact(our_loss, loss)
+        assert_exact(our_gradient, gradient)
+        for name in kinds(case, our_advantage):
+            met[name] += 1
+    assert len(met) == 11, sorted(met)
+    assert min(met.values()) >= 5, met
+
+
+def kinds(case: Case, advantage: Tensor) -> set[str]:
+    """What a case shows, so that the test can tell that it has met everything."""
+    ratio = (case.new - case.old).exp()
+    up, down = (advantage[:, None] > 1e-6) & (case.mask > 0), (advantage[:, None] < -1e-6) & (case.mask > 0)
+    shown = {
+        "above, better": bool((up & (ratio > 1.2)).any()),
+        "above, worse": bool((down & (ratio > 1.2)).any()),
+        "below, better": bool((up & (ratio < 0.8)).any()),
+        "below, worse": bool((down & (ratio < 0.8)).any()),
+        "on policy": torch.equal(case.new, case.old),
+        "no variance": float(advantage.abs().max()) < 1e-6,
+        "repeated": max(case.counts) > 1,
+        "padded": bool((case.mask == 0).any()),
+        "one answer": len(case.counts) == 1,
+        "kl": case.beta > 0,
+        "no kl": case.beta == 0,
+    }
+    return {name for name, is_shown in shown.items() if is_shown}
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS)
+def test_trl_itself_agrees_where_it_is_installed(aggregation: str) -> None:
+    """Its own `_compute_loss`, on a trainer of which only what the loss reads is there."""
+    trainer = pytest.importorskip("trl").GRPOTrainer
+    for seed in range(0, 150, 5):
+        case, rows = make_case(seed), make_case(seed).rows
+        new = case.new.clone().requires_grad_()
+        stand_in = trl_stand_in(new[rows], case.beta, aggregation)
+        ids = torch.zeros_like(case.mask[rows], dtype=torch.long)
+        inputs = {
+            "prompt_ids": ids[:, :1],
+            "prompt_mask": ids[:, :1],
+            "completion_ids": ids,
+            "completion_mask": case.mask[rows],
+            "advantages": trl_advantages(case.rewards[rows], True, TRL_EPSILON),
+            "old_per_token_logps": case.old[rows],
+            "ref_per_token_logps": case.reference[rows],
+        }
+        loss = trainer._compute_loss(stand_in, None, inputs)
+        _, our_loss, our_gradient = ours(case, True, aggregation)
+        assert_exact(our_loss, loss)
+        assert_exact(our_gradient, torch.autograd.grad(loss, new)[0])
+
+
+def trl_stand_in(logprobs: Tensor, beta: float, aggregation: str) -> Any:
+    settings = SimpleNamespace(delta=None, use_bias_correction_kl=False)
+    same = SimpleNamespace(gather=lambda value: value, reduce=lambda value, reduction: value)
+    return SimpleNamespace(
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logprobs, torch.zeros_like(logprobs), None),
+        accelerator=same,
+        args=settings,
+        aux_loss_enabled=False,
+        beta=beta,
+        current_gradient_accumulation_steps=1,
+        _entropy_bonus_enabled=False,
+        epsilon_high=0.2,
+        epsilon_low=0.2,
+        importance_sampling_level="token",
+        loss_type=aggregation,
+        max_completion_length=LONGEST,
+        _metrics={"train": defaultdict(list)},
+        model=SimpleNamespace(training=True),
+        off_policy_mask_threshold=None,
+        top_entropy_quantile=1.0,
+        use_vllm=False,
+    )
+
+
+# --- the step ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("per_token", "aggregation"), [(True, "grpo"), (False, "luspo")])
+@pytest.mark.parametrize("labels", [(), tuple("abcdefgh")])
+def test_a_step_of_the_paper_is_trl_on_repeated_answers(
+    policy: Policy, labels: tuple[str, ...], per_token: bool, aggregation: str
+) -> None:
+    """Sampling, rewards, advantages, loss and LoRA gradient together; fp32, as the model is."""
+    stir(policy, "candidate")
+    config = LearnerConfig.named("ttrv", num_rollouts=12, max_tokens=4, per_token=per_token)
+    learner = Learner(policy, config)
+    policy.use("candidate")
+    group = learner._roll_out(query(labels=labels), 0)
+    learner._accumulate(group, 1.0)
+    found = {key: value.grad for key, value in policy.parameters("candidate").items()}
+    for parameter in policy.parameters("candidate").values():
+        parameter.grad = None
+
+    votes, tokens = group.votes, group.rollouts.tokens
+    counts = (group.rollouts.weights * 12).round().long()
+    rows = torch.arange(len(tokens)).repeat_interleave(counts)
+    assert len(rows) == 12
+    assert len(tokens) > 1
+    shares = torch.tensor([votes.by_answer.get(answer, 0.0) for answer in votes.answers])[rows]
+    valid = [p / votes.valid for p in votes.by_answer.values()]
+    rewards = shares + 0.75 * sum(p * math.log(p) for p in valid)
+    repeated = [tokens[row] for row in rows.tolist()]
+    logprobs, mask = tree.score(policy.family, policy.begin(group.observation), repeated)
+    with policy.reference():
+        reference, _ = tree.score(policy.family, policy.begin(group.observation), repeated)
+    advantage = trl_advantages(rewards, True, EPSILON)
+    trl_loss(logprobs, logprobs.detach(), reference, mask.float(), advantage, 0.04, aggregation).backward()
+    for key, parameter in policy.parameters("candidate").items():
+        torch.testing.assert_close(found[key], parameter.grad, atol=1e-5, rtol=1e-4)
+    assert max(float(value.abs().max()) for value in found.values() if value is not None) > 1e-3

@@ -43,13 +43,20 @@ def test_published_reward_by_hand() -> None:
     assert REWARDS["majority"](votes) == [1.0, 0.0]
 
 
-def test_the_published_entropy_term_cancels_in_the_advantage() -> None:
-    made = rollouts({"a": 20, "b": 7, "c": 5})
+@pytest.mark.parametrize("published", ["ttrv", "released"])
+@pytest.mark.parametrize("counts", [{"a": 20, "b": 7, "c": 5}, {"a": 16, "b": 16}, {"a": 9, "b": 3, "": 20}])
+@pytest.mark.parametrize("scale", [True, False])
+def test_the_published_entropy_term_cancels_in_the_advantage(
+    published: str, counts: dict[str, int], scale: bool
+) -> None:
+    made = rollouts(counts)
     votes = count_votes(made)
-    plain, published = (
-        advantages(torch.tensor(REWARDS[name](votes)), made.weights, made.num) for name in ("frequency", "ttrv")
+    assert votes.entropy > 0.5
+    plain, whole = (
+        advantages(torch.tensor(REWARDS[name](votes), dtype=torch.float64), made.weights.double(), made.num, scale)
+        for name in ("frequency", published)
     )
-    torch.testing.assert_close(plain, published, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain, whole, atol=1e-8, rtol=0)
 
 
 def test_the_effective_form_depends_on_entropy() -> None:
