@@ -95,7 +95,7 @@ class Scorer:
 
     @torch.no_grad()
     def pairs(self, items: Sequence[Item], temperature: float, batch: int = 16) -> list[tuple[Reply, Reply]]:
-        """What the frozen model and the live adapter (at its temperature) reply to each item, as a server would."""
+        """What the frozen model and the live adapter (at its temperature) reply to each item, as in a server."""
         found: dict[int, tuple[Reply, Reply]] = {}
         kinds: dict[tuple[str, ...], list[int]] = {}
         for index, item in enumerate(items):
