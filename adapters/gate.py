@@ -245,7 +245,7 @@ class Gate:
 def _short_list(lesson: Lesson) -> list[int]:
     """The answers that are likely in the vote or in the reference."""
     near = lesson.target + lesson.ballot.scores[SAME].exp()
-    return near.topk(min(SHORT_LIST, len(near))).indices.tolist()  # type: ignore[no-any-return]
+    return near.topk(min(SHORT_LIST, len(near))).indices.tolist()
 
 
 def _distance(targets: Sequence[Tensor], logprobs: Sequence[Tensor]) -> float:

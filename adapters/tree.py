@@ -104,7 +104,7 @@ class _Trie:
         chosen = logits[source, torch.tensor(self.tokens, device=device)]
         logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
         whole = torch.tensor([node for path in self.paths for node in path], device=device)
-        return list(logprobs[whole].split([len(path) for path in self.paths]))
+        return list(torch.split(logprobs[whole], [len(path) for path in self.paths]))
 
     def totals(self, logits: Tensor) -> Tensor:
         """(N,) log-probability of each whole sequence, from the logits that `read` takes."""
