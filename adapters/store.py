@@ -116,8 +116,8 @@ class Draft:
     origin: Origin
     parent: int | None
     probe: tuple[float, ...]
-    temperature: float = 1.0
     optimizer: Mapping[str, Tensor] = field(default_factory=dict)
+    temperature: float = 1.0
     label: str | None = None
     generation: int = 0
     step_range: tuple[int, int] | None = None

@@ -147,7 +147,7 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     store = AdapterStore(tmp_path)
     store.initialise(made.zero_weights(), made.peft_config(), made.base_digest, made.probe())
     weights, moments = learner.state()
-    version = store.publish(Draft(weights, "worker", 0, probe, moments)).version
+    version = store.publish(Draft(weights, "worker", 0, probe, optimizer=moments)).version
     with tarfile.open(fileobj=io.BytesIO(b"".join(store.export(version)))) as tar:
         tar.extractall(tmp_path / "out", filter="data")
     base = AutoModelForImageTextToText.from_pretrained(made.family.source)
