@@ -155,7 +155,59 @@ def evaluate(
         source=source,
         fresh=fresh,
     )
-    _evaluate(options)
+    _last_line("command", options)
+
+
+@app.command()
+def learn(
+    data: Annotated[
+        str, typer.Argument(help="A folder of images, a JSONL file, or a built-in stream; no true answers needed.")
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Time to learn: 30s, 10m, 1h. Default: until all is used.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="Asked where the data have no question.")] = "",
+    labels: Annotated[str | None, typer.Option(help="Labels to choose from: a,b,c.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one on each line.")] = None,
+    model: Annotated[str | None, typer.Option(help="`nano`, a folder or a hub id of a checkpoint.")] = None,
+    home: HomeOption = None,
+    adapter: LineOption = None,
+    device: DeviceOption = None,
+    learner: LearnerOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Learn from unlabeled data before serving, into the store that a server uses. Last line: JSON."""
+    settings = {
+        "model": model,
+        "home": home,
+        "adapter": adapter,
+        "device": device,
+        "learner": learner,
+        "seed": seed,
+    }
+    flags = {name: value for name, value in settings.items() if value is not None}
+    found = _labels(labels, labels_file)
+    _last_line("learn", data, _seconds(budget), question, found, **flags)
+
+
+def _seconds(budget: str | None) -> float | None:
+    if budget is None:
+        return None
+    number, unit = budget[:-1], budget[-1:]
+    if not (number.isdecimal() and int(number) and unit in ("s", "m", "h")):
+        fail(f"--budget takes a time such as 30s, 10m or 1h, not {budget}", USAGE)
+    return int(number) * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit]
+
+
+def _labels(given: str | None, file: Path | None) -> list[str]:
+    if given is not None and file is not None:
+        fail("give --labels or --labels-file, not both", USAGE)
+    if file is None:
+        return [] if given is None else given.split(",")
+    try:
+        return file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--labels-file cannot be read: {error}", USAGE)
 
 
 def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -163,16 +215,17 @@ def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> No
         fail(f"{name} is one of {', '.join(str(each) for each in allowed if each)}, not {value}", USAGE)
 
 
-def _evaluate(options: Options) -> None:
+def _last_line(name: str, *given: Any, **flags: Any) -> None:
+    """Run a command of the evaluation's folder and print what it returns as JSON."""
     try:
-        evaluation = importlib.import_module("servetune.evals.command")
+        module = importlib.import_module(f"servetune.evals.{name}")
     except ModuleNotFoundError as error:
         _explain_missing(error)
     try:
-        summary = evaluation.run(options)
+        summary = module.run(*given, **flags)
     except ValidationError as error:
         _explain_settings(error)
-    except evaluation.REFUSALS as error:
+    except module.REFUSALS as error:
         fail(str(error), USAGE)
     typer.echo(json.dumps(summary))
 
