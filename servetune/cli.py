@@ -6,8 +6,9 @@ import importlib
 import itertools
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -35,6 +36,15 @@ app = typer.Typer(help=servetune.__doc__, **SETTINGS)
 adapters = typer.Typer(help="Versions of an adapter: look at them, keep, move and export them.", **SETTINGS)
 app.add_typer(adapters, name="adapters")
 
+
+class Adapt(StrEnum):
+    """What `--adapt` may be."""
+
+    yes = "yes"
+    no = "no"
+    now = "now"
+
+
 ModelArgument = Annotated[str | None, typer.Argument(help="`nano`, a folder or a hub id of a checkpoint.")]
 HomeOption = Annotated[Path | None, typer.Option(help="All state lives here.")]
 LineOption = Annotated[str | None, typer.Option(help="Name of the adapter line.")]
@@ -45,7 +55,11 @@ SeedOption = Annotated[int | None, typer.Option()]
 
 ImageArgument = Annotated[str, typer.Argument(help="A file, an https URL, a data: URI, or - for stdin.")]
 ChoiceOption = Annotated[str | None, typer.Option(help="live, another alias, base or a version: v0007.")]
-AdaptOption = Annotated[bool, typer.Option(help="May the server keep this query, and learn from it?")]
+AdaptOption = Annotated[
+    Adapt, typer.Option(help="May the server keep this query, and learn from it? now: also for its own answer.")
+]
+NoAdaptOption = Annotated[bool, typer.Option("--no-adapt", help="The same as --adapt no.")]
+DeadlineOption = Annotated[float | None, typer.Option(help="With --adapt now: seconds to answer in.")]
 NameOption = Annotated[str, typer.Option(help="The adapter.")]
 VersionArgument = Annotated[str, typer.Argument(help="A version (v0007), an alias or base.")]
 
@@ -258,7 +272,9 @@ def answer(
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     seed: SeedOption = None,
     adapter: ChoiceOption = None,
-    adapt: AdaptOption = True,
+    adapt: AdaptOption = Adapt.yes,
+    no_adapt: NoAdaptOption = False,
+    deadline: DeadlineOption = None,
 ) -> Answer:
     """Ask an open question about an image."""
     return client.answer(
@@ -270,7 +286,8 @@ def answer(
         top_k=top_k,
         seed=seed,
         adapter=adapter,
-        adapt=adapt,
+        adapt=_consent(adapt, no_adapt),
+        deadline_s=deadline,
     )
 
 
@@ -282,10 +299,26 @@ def recognize(
     question: Annotated[str | None, typer.Option(help="Instead of the default one.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     adapter: ChoiceOption = None,
-    adapt: AdaptOption = True,
+    adapt: AdaptOption = Adapt.yes,
+    no_adapt: NoAdaptOption = False,
+    deadline: DeadlineOption = None,
 ) -> Answer:
     """Choose one of the labels for an image."""
-    return client.recognize(_image(image), labels, question=question, top_k=top_k, adapter=adapter, adapt=adapt)
+    return client.recognize(
+        _image(image),
+        labels,
+        question=question,
+        top_k=top_k,
+        adapter=adapter,
+        adapt=_consent(adapt, no_adapt),
+        deadline_s=deadline,
+    )
+
+
+def _consent(adapt: Adapt, no_adapt: bool) -> bool | Literal["now"]:
+    if no_adapt or adapt is Adapt.no:
+        return False
+    return "now" if adapt is Adapt.now else True
 
 
 def _image(source: str) -> str | bytes:
