@@ -69,6 +69,7 @@ def run(
             raise CannotLearn(
                 f"a worker learns for adapter {settings.adapter!r} in {settings.home}: stop its server first"
             )
+        console.print(_described(items), markup=False, highlight=False)
         task = bar.add_task("loading")
         return learn(
             settings,
@@ -189,6 +190,13 @@ def _load(name: str, question: str, labels: tuple[str, ...]) -> Data:
     if question or labels:
         raise BadData(f"{name} has its own questions and labels: leave --question and --labels out")
     return streams.load(name)
+
+
+def _described(items: Sequence[Item]) -> str:
+    """For the operator to see whether the data were understood."""
+    closed = [item for item in items if item.labels]
+    example = f", such as {', '.join(closed[0].labels[:3])}" if closed else ""
+    return f"{len(items)} queries, {len(closed)} of them with labels to choose from{example}"
 
 
 def _checked(labels: Sequence[str]) -> tuple[str, ...]:

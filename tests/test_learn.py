@@ -245,6 +245,7 @@ def test_the_command_prints_json_last_and_refuses_nonsense(folder: Path, home: P
     told = json.loads(done.stdout.splitlines()[-1])
     assert told.keys() >= {"queries", "steps", "published", "rejected", "live", "seconds", "stopped"}
     assert f"{told['live']}, {told['steps']} steps" in done.stderr
+    assert "8 queries, 8 of them with labels to choose from, such as a, b, c" in done.stderr
     for arguments, complaint in (
         (["--budget", "soon"], "30s, 10m or 1h"),
         (["--budget", ""], "30s, 10m or 1h"),
