@@ -46,6 +46,22 @@ def view_weights(
     return dict(zip(information, scaled.softmax(0).tolist(), strict=True))
 
 
+def pool_looks(logprobs: Tensor, bound: float = 10.0) -> Tensor:
+    """(M,) normalised log-probabilities: the mean over looks at one query, weighted by 1 - H / log M.
+
+    A look that cannot tell the answers apart has no say, and no single look can rule an answer out.
+
+    Args:
+        logprobs: (V, M) of the same answers in each look; rows need not be normalised.
+        bound: nats below certainty to which one look can put an answer.
+    """
+    rows = logprobs.float().log_softmax(-1).clamp(min=FLOOR)
+    entropy = -(rows.exp() * rows).sum(-1)
+    weights = (1 - entropy / math.log(max(rows.shape[1], 2))).clamp(min=1e-6)
+    bounded = rows.clamp(min=-bound)
+    return ((weights[:, None] * bounded).sum(0) / weights.sum()).log_softmax(-1)
+
+
 def mutual_neighbours(embeddings: Tensor, ratio: float = 0.6) -> Tensor:
     """(N,) for each image the one that shows the same thing, or itself where none is clearly found.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from servetune.clients.admin import status, version_name
 from servetune.clients.errors import APIConnectionError, APITimeoutError, InternalServerError
@@ -26,7 +26,8 @@ def answer(
     top_k: int | None = None,
     seed: int | None = None,
     adapter: str | None = None,
-    adapt: bool = True,
+    adapt: bool | Literal["now"] = True,
+    deadline_s: float | None = None,
     metadata: Mapping[str, str] | None = None,
     resize: bool = True,
     timeout: float | None = None,
@@ -36,7 +37,8 @@ def answer(
 
     n: answers to sample and vote over; needs a `temperature` above 0.
     adapter: `live` (the default), another alias, `base` or a version such as `v0007`.
-    adapt: may the server keep this query, and learn from it?
+    adapt: may the server keep this query, and learn from it? "now": also pool further views into this answer.
+    deadline_s: with `adapt="now"`, seconds to do so in; by default as the server says.
     resize: shrink a picture of more than 2048 pixels a side before sending, where Pillow is installed.
     timeout: seconds to wait for the reply, each attempt anew.
     What is None is left to the server. Raises ImageError before anything is sent, and APIError.
@@ -50,6 +52,7 @@ def answer(
         "seed": seed,
         "adapter": adapter,
         "adapt": adapt,
+        "deadline_s": deadline_s,
         "metadata": metadata and dict(metadata),
     }
     return session.send(_ask(image, resize, fields, timeout, idempotency_key))
@@ -63,7 +66,8 @@ def recognize(
     question: str | None = None,
     top_k: int | None = None,
     adapter: str | None = None,
-    adapt: bool = True,
+    adapt: bool | Literal["now"] = True,
+    deadline_s: float | None = None,
     metadata: Mapping[str, str] | None = None,
     resize: bool = True,
     timeout: float | None = None,
@@ -82,6 +86,7 @@ def recognize(
         "top_k": top_k,
         "adapter": adapter,
         "adapt": adapt,
+        "deadline_s": deadline_s,
         "metadata": metadata and dict(metadata),
     }
     return session.send(_ask(image, resize, fields, timeout, idempotency_key))

@@ -8,7 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 Task = Literal["vqa", "recognition"]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
@@ -68,7 +77,12 @@ class AnswerRequest(Request):
     temperature: float = Field(0.0, ge=0.0, le=2.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
     adapter: AdapterChoice = Field("live", description="`live`, another alias, `base` or a version `v0007`")
-    adapt: bool = Field(True, description="may this query be kept for learning?")
+    adapt: bool | Literal["now"] = Field(
+        True, description="may this query be kept for learning? `now`: also look again before answering"
+    )
+    deadline_s: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="with `adapt: now`: seconds to answer in, as far as possible"
+    )
     stream: Literal[False] = False
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
 
@@ -76,6 +90,14 @@ class AnswerRequest(Request):
     @classmethod
     def _null_is_live(cls, value: object) -> object:
         return "live" if value is None else value
+
+    @field_validator("adapt", mode="wrap")
+    @classmethod
+    def _known(cls, value: object, check: ValidatorFunctionWrapHandler) -> object:
+        try:
+            return check(value)
+        except ValidationError:
+            raise ValueError("give true, false or 'now'") from None
 
     @model_validator(mode="after")
     def _consistent(self) -> AnswerRequest:
@@ -93,6 +115,8 @@ class AnswerRequest(Request):
             raise ValueError("'n' is for VQA: recognition already returns the whole distribution")
         if self.candidate_labels is None and max(self.n, self.top_k or 1) * self.max_tokens > MAX_ANSWER_TOKENS:
             raise ValueError(f"'n' or 'top_k' times 'max_tokens' may be at most {MAX_ANSWER_TOKENS}")
+        if self.deadline_s is not None and self.adapt != "now":
+            raise ValueError("'deadline_s' is for 'adapt': 'now'")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("'n' above 1 needs a 'temperature' above 0")
         return self
@@ -129,12 +153,23 @@ class Diagnostics(Result):
     entropy: float | None = None
 
 
-class Adaptation(Result):
-    """Whether this query was kept for learning and, if not, why."""
+def _is_none(value: object) -> bool:
+    return value is None
 
-    status: Literal["queued", "skipped"]
+
+class Adaptation(Result):
+    """Whether this query was kept for learning and, if not, why.
+
+    With status `now`, `queued` says whether it was kept, `views` how many looks were pooled into the answer (1: it
+    is the plain one), and `rollouts` how many answers to an open question were drawn for that. Else they are None.
+    """
+
+    status: Literal["queued", "skipped", "now"]
     query_id: str | None = None
     reason: str | None = None
+    queued: Annotated[bool | None, Field(exclude_if=_is_none)] = None
+    views: Annotated[int | None, Field(exclude_if=_is_none)] = None
+    rollouts: Annotated[int | None, Field(exclude_if=_is_none)] = None
 
 
 class Usage(Result):
@@ -162,7 +197,7 @@ class Answer(Result):
     task: Task
     answer: str | None
     confidence: float | None
-    confidence_source: Literal["label_probability", "sequence_probability", "vote_share"]
+    confidence_source: Literal["label_probability", "sequence_probability", "vote_share", "pooled_probability"]
     candidates: list[Candidate]
     finish_reason: Literal["stop", "length", "unparsed"]
     diagnostics: Diagnostics

@@ -1,4 +1,4 @@
-"""Evaluation of a learner on streams of unlabeled queries; the labels are read by the scorer alone."""
+"""Evaluation of a learner on unlabeled queries, whose labels only the scorer reads; learning before serving."""
 
 from __future__ import annotations
 

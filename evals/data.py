@@ -1,6 +1,6 @@
-"""Labelled questions for an evaluation: image folders and JSONL files, and how they are split.
+"""Questions for an evaluation or to learn from: image folders and JSONL files, and how they are split.
 
-The labels stay here: what a learner gets are `Query` objects, which have none.
+True answers stay here: what a learner gets are `Query` objects, which have none.
 """
 
 from __future__ import annotations
@@ -8,19 +8,21 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servetune.adapters.types import Query
+from servetune.server.errors import ServiceError
+from servetune.server.images import Limits, decode
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
 
 class BadData(ValueError):
-    """The data cannot be evaluated; the message names the place and what to do."""
+    """The data cannot be used; the message names the place and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,84 +69,107 @@ class Split:
 
 
 class _Line(BaseModel):
-    """One line of a JSONL file."""
+    """One line of a JSONL file, without what an evaluation alone reads."""
 
     model_config = ConfigDict(extra="ignore")
 
     image: str
     question: str = ""
-    answer: str | None = Field(None, min_length=1)
     candidate_labels: tuple[str, ...] = ()
 
 
-def read(path: Path, labelled: bool = True) -> Data:
-    """An image folder (`label/*.png`) or a JSONL file.
+class _AnsweredLine(_Line):
+    answer: str = Field(min_length=1)
 
-    Args:
-        labelled: False reads no answers: lines may have none, and a folder may hold images without a label.
+
+def read(path: Path) -> Data:
+    """An image folder (`label/*.png`) or a JSONL file.
 
     Raises:
         BadData: neither, or something in it cannot be used.
     """
     if path.is_dir():
-        return Data(path.name, tuple(_read_folder(path, labelled)))
+        return Data(path.name, tuple(_read_folder(path)))
     if path.is_file():
-        return Data(path.stem, tuple(_read_lines(path, labelled)))
+        return Data(path.stem, tuple(_read_lines(path)))
     raise BadData(f"{path} is neither a folder, nor a JSONL file, nor a built-in stream")
 
 
-def _read_folder(folder: Path, labelled: bool) -> list[Item]:
-    if not labelled and (files := _images(folder)):
-        return [Item(file.name, file.name, _opener(file), "", None) for file in files]
-    labels = tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+def read_unlabeled(path: Path, question: str = "", labels: tuple[str, ...] = ()) -> Data:
+    """As `read`, but true answers are not looked at, and need not be there.
+
+    Args:
+        question: asked where the data have none; without it, an image is asked the model's recognition question.
+        labels: chosen from where a line has none; of a folder, every image below it is then read.
+
+    Raises:
+        BadData: as `read`, and for a line with neither a question nor labels.
+    """
+    if path.is_dir():
+        if labels or len(_label_names(path)) < 2:
+            items = _read_pictures(path, question, labels)
+        else:
+            items = [replace(item, question=question, truth=None) for item in _read_folder(path)]
+        return Data(path.name, tuple(items))
+    if path.is_file():
+        return Data(path.stem, tuple(_read_lines(path, _Line, question, labels)))
+    raise BadData(f"{path} is neither a folder, nor a JSONL file, nor a built-in stream")
+
+
+def _label_names(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")))
+
+
+def _read_folder(folder: Path) -> list[Item]:
+    labels = _label_names(folder)
     if len(labels) < 2:
         raise BadData(f"{folder} needs a folder of images for each of at least two labels")
     items = []
     for label in labels:
-        files = _images(folder / label)
+        files = sorted(p for p in (folder / label).iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         if not files:
             raise BadData(f"{folder / label} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:
             name = f"{label}/{file.name}"
-            items.append(Item(name, name, _opener(file), "", label if labelled else None, labels))
+            items.append(Item(name, name, _opener(file), "", label, labels))
     return items
 
 
-def _images(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+def _read_pictures(folder: Path, question: str, labels: tuple[str, ...]) -> list[Item]:
+    """Every image at any depth."""
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    if not files:
+        raise BadData(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    names = [str(file.relative_to(folder)) for file in files]
+    return [
+        Item(name, name, _opener(file), question, None, labels) for name, file in zip(names, files, strict=True)
+    ]
 
 
-def _read_lines(path: Path, labelled: bool) -> list[Item]:
+def _read_lines(
+    path: Path, kind: type[_Line] = _AnsweredLine, question: str = "", labels: tuple[str, ...] = ()
+) -> list[Item]:
     items = []
     for number, text in enumerate(path.read_text().splitlines(), start=1):
         if not text.strip():
             continue
         try:
-            line = _Line.model_validate(json.loads(text))
+            line = kind.model_validate(json.loads(text))
         except json.JSONDecodeError as error:
             raise BadData(f"{path}:{number}: no JSON: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]
             raise BadData(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
-        if labelled and line.answer is None:
-            raise BadData(f"{path}:{number}: there is no answer to score with")
-        if labelled and line.candidate_labels and line.answer not in line.candidate_labels:
+        truth = line.answer if isinstance(line, _AnsweredLine) else None
+        if truth is not None and line.candidate_labels and truth not in line.candidate_labels:
             raise BadData(f"{path}:{number}: the answer is not one of candidate_labels")
-        if not line.candidate_labels and not line.question:
+        own, asked = line.candidate_labels or labels, line.question or question
+        if not own and not asked:
             raise BadData(f"{path}:{number}: a question is needed where there are no candidate_labels")
         file = path.parent / line.image
         if not file.is_file():
             raise BadData(f"{path}:{number}: there is no image {line.image}")
-        items.append(
-            Item(
-                f"{path.stem}:{number}",
-                line.image,
-                _opener(file),
-                line.question,
-                line.answer if labelled else None,
-                line.candidate_labels,
-            )
-        )
+        items.append(Item(f"{path.stem}:{number}", line.image, _opener(file), asked, truth, own))
     if not items:
         raise BadData(f"{path} is empty")
     return items
@@ -153,15 +178,16 @@ def _read_lines(path: Path, labelled: bool) -> list[Item]:
 def _opener(file: Path) -> Callable[[], Image.Image]:
     def picture() -> Image.Image:
         try:
-            with Image.open(file) as opened:
-                if opened.mode not in ("RGBA", "LA", "P"):
-                    return opened.convert("RGB")
-                image = opened.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        except (OSError, UnidentifiedImageError) as error:
+            return decode(file.read_bytes(), Limits())
+        except (OSError, ServiceError) as error:
             raise BadData(f"{file} is not an image that can be read: {error}") from error
 
     return picture
+
+
+def unsplit(data: Data, seed: int) -> list[Item]:
+    """All items, in the order of a stream to learn from."""
+    return _stream(list(data.items), data, random.Random(f"learn {seed}"), None, True)
 
 
 def split_files(data: Data, seed: int, samples: int | None, shuffled: bool) -> Split:

@@ -37,7 +37,7 @@ from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.types import Query
 from servetune.adapters.views import SAME, safe_views
 from servetune.evals import streams
-from servetune.evals.data import BadData, read
+from servetune.evals.data import BadData, read_unlabeled
 from servetune.evals.diagnosis import SENTENCES, diagnose, judge
 from servetune.evals.findings import (
     AdapterFacts,
@@ -397,7 +397,7 @@ def _try_step(policy: Policy, settings: Settings, answer_s: float) -> tuple[floa
 
 
 def _read_queries(name: str) -> list[Query]:
-    data = streams.load(name) if name in streams.STREAMS else read(Path(name), labelled=False)
+    data = streams.load(name) if name in streams.STREAMS else read_unlabeled(Path(name))
     chosen = random.Random(0).sample(data.items, min(QUERIES, len(data.items)))
     return [item.query("") for item in chosen]
 

@@ -10,11 +10,10 @@ import math
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import Any, cast
 
 import torch
 
@@ -23,12 +22,10 @@ from servetune.adapters.answers import canonical
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
-from servetune.clients.types import WorkerStatus
 from servetune.evals.data import Item, Split
-from servetune.server.audit import AuditLog
-from servetune.server.buffer import Delivery, QueryStream
+from servetune.server.buffer import Delivery
+from servetune.server.lockstep import ListStream, list_worker, lock_step
 from servetune.server.settings import Settings
-from servetune.server.worker import Worker
 
 LIVE = "live"
 WINDOW = 200
@@ -56,32 +53,13 @@ class Run:
     cpu_s: float = 0.0
 
 
-class ListStream:
-    """The buffer of an evaluation: queries in memory, and a record of what the worker reported."""
-
-    def __init__(self) -> None:
-        self.waiting: list[Query] = []
-        self.status = WorkerStatus(state="idle")
-        self.verdicts: list[dict[str, Any]] = []
-
-    def take(self, limit: int, block_s: float) -> list[Delivery]:
-        taken, self.waiting = self.waiting[:limit], self.waiting[limit:]
-        return [Delivery(query.id, query, 1) for query in taken]
-
-    def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
-        return list(deliveries)
-
-    def settle(self, deliveries: Sequence[Delivery], outcome: str) -> int:
-        return len(deliveries)
+class _StrictStream(ListStream):
+    """Nothing may fail unseen: the figures would be those of other data."""
 
     def release(self, deliveries: Sequence[Delivery], *, failed: bool = False) -> None:
         if failed:
             raise RuntimeError("a step failed during the evaluation")
-
-    def report(self, status: WorkerStatus) -> None:
-        if status.last_verdict is not None and status.last_verdict is not self.status.last_verdict:
-            self.verdicts.append(status.last_verdict)
-        self.status = status
+        super().release(deliveries)
 
 
 class Scorer:
@@ -162,25 +140,24 @@ def run(
     began = time.process_time()
     made = Run()
     with tempfile.TemporaryDirectory() as home:
-        stream = ListStream()
+        stream = _StrictStream()
         store = _store(policy, Path(home))
-        worker = _worker(policy, settings, store, stream, Path(home))
+        worker = list_worker(settings.model_copy(update={"home": Path(home)}), policy, store, stream)
         worker.learner.truths = truths or {}
-        chunk = settings.queries_per_step
-        for start in range(0, len(split.learn), chunk):
-            items = split.learn[start : start + chunk]
-            scored = [item for item in items if item.truth is not None]
-            made.right += [
-                (frozen.right, adapted.right) for frozen, adapted in scorer.pairs(scored, _temperature(store))
-            ]
-            if learns:
-                stream.waiting += [item.query(policy.family.recognition_question) for item in items]
-            while stream.waiting:
-                worker.turn()
-            _note(made, stream, start + len(items))
-            progress(len(items))
-        while worker.learner.unfinished:
-            worker.turn()
+
+        def asked() -> Iterator[list[Query]]:
+            chunk = settings.queries_per_step
+            for start in range(0, len(split.learn), chunk):
+                items = split.learn[start : start + chunk]
+                scored = [item for item in items if item.truth is not None]
+                replies = scorer.pairs(scored, _temperature(store))
+                made.right += [(frozen.right, adapted.right) for frozen, adapted in replies]
+                yield [item.query(policy.family.recognition_question) for item in items] if learns else []
+                _note(made, stream, start + len(items))
+                progress(len(items))
+
+        for _ in lock_step(worker, stream, asked()):
+            pass
         _note(made, stream, len(split.learn))
         temperature = _temperature(store)
     for verdict in stream.verdicts:
@@ -200,11 +177,6 @@ def _store(policy: Policy, home: Path) -> AdapterStore:
 
 def _temperature(store: AdapterStore) -> float:
     return store.manifest(store.live().version).temperature
-
-
-def _worker(policy: Policy, settings: Settings, store: AdapterStore, stream: ListStream, home: Path) -> Worker:
-    settings = settings.model_copy(update={"home": home, "flush_s": 0.0})
-    return Worker(settings, policy, store, cast(QueryStream, stream), AuditLog(home / "audit.jsonl"))
 
 
 def _note(made: Run, stream: ListStream, asked: int) -> None:

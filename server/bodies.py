@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
@@ -22,10 +22,11 @@ _UPLOADED = "data:"  # stands in the request for an image that came as bytes
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A checked request; `images` are uploads, or texts as sent in JSON."""
+    """A checked request; `images` are uploads, or texts as sent in JSON. `opted_out`: by a header."""
 
     request: AnswerRequest
     images: Sequence[bytes | ImageInput]
+    opted_out: bool = False
 
 
 async def parse_question(headers: Headers, body: bytes) -> Asked:
@@ -45,7 +46,7 @@ async def parse_question(headers: Headers, body: bytes) -> Asked:
             raise ServiceError("unsupported_media_type", "Send application/json or multipart/form-data.")
     _refuse_nul(asked.request)
     if headers.get("servetune-adapt", "true").strip().lower() not in {"true", "1", "yes"}:
-        return Asked(asked.request.model_copy(update={"adapt": False}), asked.images)
+        return replace(asked, opted_out=True)
     return asked
 
 

@@ -13,10 +13,11 @@ import secrets
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Concatenate, ParamSpec, TypeVar
 
 import structlog
 import torch
@@ -25,11 +26,13 @@ from torch import Tensor
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
 from servetune.adapters.family import Prefix
+from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
 from servetune.adapters.types import BASE, Query, Sampling
 from servetune.server.settings import Settings
 
+P = ParamSpec("P")
 T = TypeVar("T")
 SLOTS = ("slot0", "slot1", "slot2")
 PROBE_TOLERANCE = 1e-2
@@ -43,7 +46,10 @@ class QueueFull(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the engine made of a query, with the version that made it. Probabilities are in 0..1."""
+    """What the engine made of a query, with the version that made it. Probabilities are in 0..1.
+
+    `views` counts the looks that were pooled into the answer, `rollouts` what was drawn for pooling.
+    """
 
     text: str | None
     confidence: float | None
@@ -60,6 +66,8 @@ class Outcome:
     digest: str
     queue_s: float
     inference_s: float
+    views: int = 1
+    rollouts: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,37 +137,32 @@ class Engine:
 
     # --- answers -------------------------------------------------------------------------------------
 
-    async def answer(self, query: Query, sampling: Sampling, choice: str) -> Outcome:
+    async def answer(
+        self, query: Query, sampling: Sampling, choice: str, deadline: float | None = None
+    ) -> Outcome:
         """Answer with the version that `choice` names now, whatever is swapped meanwhile.
+
+        With a deadline, in seconds of the event loop's clock, the same version looks at the query again in further
+        views while there is time, and all looks are pooled. Each look takes a place at the end of the queue. A
+        deadline that is too short, and a look that fails, leave the answer as it is.
 
         Raises:
             UnknownVersion: no such alias or version.
             CorruptVersion: that version does not pass verification.
             QueueFull: too many requests wait, or three other versions are in use.
         """
-        if self._waiting >= self._settings.queue_size:
-            raise QueueFull
         asked = time.perf_counter()
         version = self.serving if choice == "live" else await asyncio.to_thread(self.store.resolve, choice)
-        stop = threading.Event()
-        self._leases[version] += 1
-        self._waiting += 1
-        try:
-            await self._make_resident(version)
-            # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
-            job = self._thread.submit(self._answer, query, sampling, self._slots.get(version), stop)
-        except BaseException:
-            self._release(version)
-            raise
-        # The lease ends when the thread is done with it, not when an impatient caller is.
-        loop = asyncio.get_running_loop()
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, version))
-        self._running.add(stop)
-        try:
-            found, input_tokens, began, ended = await asyncio.wrap_future(job)
-        finally:
-            stop.set()  # whoever is cancelled or too late does not keep the model
-            self._running.discard(stop)
+        looks: Looks | None = None
+        with self._hold(version):
+            whole = (
+                sampling if deadline is None else replace(sampling, top_k=max(sampling.top_k, len(query.labels)))
+            )
+            found, input_tokens, inference_s = await self._on_thread(version, self._answer, query, whole)
+            if deadline is not None:
+                looks = Looks(query, sampling, dict(found.candidates))
+                inference_s += await self._look_again(version, looks, deadline, inference_s)
+                found = _pooled(found, looks, sampling)
         return Outcome(
             text=found.text,
             confidence=found.confidence,
@@ -174,9 +177,68 @@ class Engine:
             version=version,
             alias=None if choice == version_name(version) else choice,
             digest=self._digests[version],
-            queue_s=began - asked,
-            inference_s=ended - began,
+            queue_s=time.perf_counter() - asked - inference_s,
+            inference_s=inference_s,
+            views=max(1, len(looks.found)) if looks else 1,
+            rollouts=sum(look.num_rollouts for look in looks.found) if looks else 0,
         )
+
+    async def _look_again(self, version: int, looks: Looks, deadline: float, expected_s: float) -> float:
+        """Look while one more look, if it takes what the longest did, ends in time. Returns seconds computed."""
+        clock = asyncio.get_running_loop().time
+        computed_s = 0.0
+        while not looks.done and (began := clock()) + expected_s <= deadline:
+            try:
+                async with asyncio.timeout_at(deadline):
+                    look, look_s = await self._on_thread(version, self._look, looks)
+            except (QueueFull, TimeoutError):  # others need the model more, or have kept it for too long
+                break
+            except Exception as error:  # there is an answer already
+                log.warning("look_failed", error=type(error).__name__)
+                break
+            looks.found.append(look)
+            computed_s += look_s
+            expected_s = max(expected_s, clock() - began)
+        return computed_s
+
+    @contextmanager
+    def _hold(self, version: int) -> Iterator[None]:
+        """Lease a version, also while nothing runs on it."""
+        self._leases[version] += 1
+        try:
+            yield
+        finally:
+            self._leases[version] -= 1
+
+    async def _on_thread(
+        self,
+        version: int,
+        work: Callable[Concatenate[str | None, threading.Event, P], T],
+        *given: P.args,
+        **named: P.kwargs,
+    ) -> T:
+        """Run work with the slot of a version, at the end of the queue. Raises QueueFull, CorruptVersion."""
+        if self._waiting >= self._settings.queue_size:
+            raise QueueFull
+        stop = threading.Event()
+        self._leases[version] += 1
+        self._waiting += 1
+        try:
+            await self._make_resident(version)
+            # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
+            job = self._thread.submit(work, self._slots.get(version), stop, *given, **named)
+        except BaseException:
+            self._release(version)
+            raise
+        # The lease ends when the thread is done with it, not when an impatient caller is.
+        loop = asyncio.get_running_loop()
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, version))
+        self._running.add(stop)
+        try:
+            return await asyncio.wrap_future(job)
+        finally:
+            stop.set()  # whoever is cancelled or too late does not keep the model
+            self._running.discard(stop)
 
     def _release(self, version: int) -> None:
         self._waiting -= 1
@@ -184,8 +246,8 @@ class Engine:
 
     @torch.no_grad()
     def _answer(
-        self, query: Query, sampling: Sampling, slot: str | None, stop: threading.Event
-    ) -> tuple[_Found, int, float, float]:
+        self, slot: str | None, stop: threading.Event, query: Query, sampling: Sampling
+    ) -> tuple[_Found, int, float]:
         began = time.perf_counter()
         self._policy.use(slot)
         observation = self._policy.observe(query)
@@ -196,7 +258,12 @@ class Engine:
             found = self._vote(prefix, sampling, stop)
         else:
             found = self._speak(prefix, sampling, stop)
-        return found, observation.prompt.length, began, time.perf_counter()
+        return found, observation.prompt.length, time.perf_counter() - began
+
+    def _look(self, slot: str | None, stop: threading.Event, looks: Looks) -> tuple[Look, float]:
+        began = time.perf_counter()
+        self._policy.use(slot)
+        return looks.take(self._policy, stop), time.perf_counter() - began
 
     def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int) -> _Found:
         logprobs = self._policy.label_logprobs(prefix, labels)
@@ -330,6 +397,25 @@ class Engine:
     async def _run(self, job: Callable[[], T]) -> T:
         future: Future[T] = self._thread.submit(job)
         return await asyncio.wrap_future(future)
+
+
+def _pooled(found: _Found, looks: Looks, sampling: Sampling) -> _Found:
+    """The answer of all looks together; with a single look the one that was found, cut to what was asked for."""
+    if len(looks.found) < 2:
+        cut = sampling.top_k if looks.query.labels else len(found.candidates)
+        return replace(found, candidates=found.candidates[:cut])
+    ranked = looks.ranked()
+    text, share = ranked[0]
+    drawn = sum(look.num_tokens for look in looks.found)
+    return replace(
+        found,
+        text=text,
+        confidence=share,
+        candidates=ranked[: sampling.top_k],
+        finish_reason="stop",
+        output_tokens=len(looks.found[-1].tokens[text]) + drawn,
+        entropy=_entropy([share for _, share in ranked]),
+    )
 
 
 def _generator(seed: int | None) -> torch.Generator:

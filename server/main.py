@@ -33,9 +33,9 @@ from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
 from servetune.server.engine import SLOTS, Engine
-from servetune.server.model import load_policy, open_store
+from servetune.server.model import load_policy, open_store, worker_lock
 from servetune.server.settings import Settings
-from servetune.server.valkey import EmbeddedValkey, ValkeyError, try_lock
+from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
 EXAMPLE = Path("examples/images/fluent-emoji-flat/airplane.png")  # in a clone of the repository
@@ -205,10 +205,10 @@ def _redis(settings: Settings) -> Iterator[str]:
 @contextmanager
 def _only_worker(settings: Settings, stop: threading.Event) -> Iterator[None]:
     """One worker per adapter and home; the second waits for the first to end."""
-    with settings.path("store", f"{settings.adapter}.worker.lock").open("w") as file:
-        if not (held := try_lock(file.fileno())):
+    with worker_lock(settings) as take:
+        if not (held := take()):
             log.info("waiting_for_other_worker", adapter=settings.adapter, home=str(settings.home))
-        while not (held or try_lock(file.fileno())):
+        while not (held or take()):
             if stop.wait(LOCK_POLL_S):
                 sys.exit(0)
         yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -11,6 +12,7 @@ from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.nano import WEIGHTS
 from servetune.server.settings import Settings
+from servetune.server.valkey import try_lock
 
 
 def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Policy:
@@ -43,3 +45,10 @@ def open_store(settings: Settings, policy: Policy) -> AdapterStore:
     policy.use(None)
     store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
     return store
+
+
+@contextmanager
+def worker_lock(settings: Settings) -> Iterator[Callable[[], bool]]:
+    """A call that tries to become the only worker of the adapter and home, which it then stays until the end."""
+    with settings.path("store", f"{settings.adapter}.worker.lock").open("w") as file:
+        yield lambda: try_lock(file.fileno())

@@ -58,7 +58,10 @@ ASK_BODY: dict[str, Any] = {
         }
         for name, text in (
             ("Idempotency-Key", "Sent again with the same body, the first answer is given again."),
-            ("Servetune-Adapt", "`false` keeps the query from being learned from."),
+            (
+                "Servetune-Adapt",
+                "`false` keeps the query from being learned from; `adapt: now` still looks again.",
+            ),
         )
     ],
 }
@@ -72,7 +75,9 @@ router = APIRouter()
 async def answer(request: Request, services: ServicesDep, caller: UserDep) -> Response:
     """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
     asked = await parse_question(request.headers, await request.body())
-    work = services.answers.answer(asked.request, asked.images, caller.id, request.state.request_id)
+    work = services.answers.answer(
+        asked.request, asked.images, caller.id, request.state.request_id, asked.opted_out
+    )
     reply = await _while_connected(request, work)
     headers = {VERSION_HEADER: reply.adapter.version}
     return Response(reply.model_dump_json(), headers=headers, media_type="application/json")

@@ -41,6 +41,7 @@ log = structlog.get_logger("servetune.service")
 
 T = TypeVar("T")
 RECOGNITION_TOP_K = 5
+SPARE = 0.9  # share of the request's time that looking again may use up
 
 
 class AnswerService:
@@ -54,23 +55,31 @@ class AnswerService:
         self._admitted_now = 0
 
     async def answer(
-        self, request: AnswerRequest, images: Sequence[bytes | ImageInput], client: str, request_id: str
+        self,
+        request: AnswerRequest,
+        images: Sequence[bytes | ImageInput],
+        client: str,
+        request_id: str,
+        opted_out: bool = False,
     ) -> Answer:
         """Answer one request. Cancelling it gives up the inference and withdraws the query.
+
+        Who has `opted_out` is answered as the request says, and the query is not kept.
 
         Raises:
             ServiceError: the server is not ready, or an image is refused.
             QueueFull, UnknownVersion, CorruptVersion: as the engine says.
             TimeoutError: not answered within `request_timeout_s`.
         """
+        deadline = self._deadline(request)
         with self._admitted():
             async with asyncio.timeout(self._settings.request_timeout_s):
                 query = self._query(request, await self._images.read(images))
-                if reason := _why_not_kept(request):
-                    return self._wire(request, await self._infer(request, query), skipped(reason))
+                if reason := _why_not_kept(request, opted_out):
+                    return self._wire(request, await self._infer(request, query, deadline), skipped(reason))
                 keeping = self._keeper.keep(query, client, request_id)
                 try:
-                    outcome = await self._infer(request, query)
+                    outcome = await self._infer(request, query, deadline)
                 except BaseException:  # a cancelled or failed question teaches nothing
                     keeping.withdraw()
                     raise
@@ -101,8 +110,15 @@ class AnswerService:
         question = request.question or self._engine.recognition_question
         return Query(new_id("q"), images, question, tuple(request.candidate_labels or ()))
 
-    async def _infer(self, request: AnswerRequest, query: Query) -> Outcome:
-        return await self._engine.answer(query, _sampling(request), request.adapter)
+    def _deadline(self, request: AnswerRequest) -> float | None:
+        """When an answer with `adapt: now` is due, by the event loop's clock: before the request times out."""
+        if request.adapt != "now":
+            return None
+        wanted = request.deadline_s or self._settings.now_deadline_s
+        return asyncio.get_running_loop().time() + min(wanted, SPARE * self._settings.request_timeout_s)
+
+    async def _infer(self, request: AnswerRequest, query: Query, deadline: float | None) -> Outcome:
+        return await self._engine.answer(query, _sampling(request), request.adapter, deadline)
 
     def _wire(self, request: AnswerRequest, outcome: Outcome, adaptation: Adaptation) -> Answer:
         is_choice = request.candidate_labels is not None
@@ -115,11 +131,11 @@ class AnswerService:
             "task": "recognition" if is_choice else "vqa",
             "answer": outcome.text,
             "confidence": outcome.confidence,
-            "confidence_source": _confidence_source(request),
+            "confidence_source": _confidence_source(request, outcome),
             "candidates": [{kind: text, "score": score} for text, score in outcome.candidates],
             "finish_reason": outcome.finish_reason,
             "diagnostics": _part(Diagnostics, outcome),
-            "adaptation": adaptation,
+            "adaptation": _adaptation(request, outcome, adaptation),
             "usage": _part(Usage, outcome),
             "timings": _part(Timings, outcome),
         }
@@ -132,9 +148,9 @@ class AnswerService:
         )
 
 
-def _why_not_kept(request: AnswerRequest) -> str | None:
+def _why_not_kept(request: AnswerRequest, opted_out: bool) -> str | None:
     """Only what `live` answers is learned from, and only with the client's consent."""
-    if not request.adapt:
+    if opted_out or not request.adapt:
         return "adapt_false"
     return None if request.adapter == "live" else "not_live"
 
@@ -155,7 +171,17 @@ def _sampling(request: AnswerRequest) -> Sampling:
     )
 
 
-def _confidence_source(request: AnswerRequest) -> str:
+def _adaptation(request: AnswerRequest, outcome: Outcome, kept: Adaptation) -> Adaptation:
+    """What became of the query and, with `adapt: now`, what was done for its own answer."""
+    if request.adapt != "now":
+        return kept
+    done = {"queued": kept.status == "queued", "views": outcome.views, "rollouts": outcome.rollouts}
+    return kept.model_copy(update={"status": "now", **done})
+
+
+def _confidence_source(request: AnswerRequest, outcome: Outcome) -> str:
+    if outcome.views > 1:
+        return "pooled_probability"
     if request.candidate_labels is not None:
         return "label_probability"
     return "vote_share" if request.n > 1 else "sequence_probability"

@@ -43,6 +43,9 @@ class Settings(BaseSettings):
     image_hosts: tuple[str, ...] = Field((), description="https hosts that image URLs may name; none: off")
     queue_size: int = Field(256, ge=1, description="requests waiting for the engine before 503")
     request_timeout_s: float = Field(60.0, gt=0)
+    now_deadline_s: float = Field(
+        5.0, gt=0, description="for an answer with `adapt: now`, unless the request says"
+    )
 
     # engine
     device: str = Field("auto", description="auto, cpu, cuda")

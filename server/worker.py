@@ -113,6 +113,12 @@ class Worker:
             self._conclude()
         self._report("idle")
 
+    def finish(self) -> None:
+        """Have the gate judge what was learned since the last version: for a worker that will not turn again."""
+        if self.learner.steps > self._first_step and not self._store.paused:
+            self._conclude()
+        self._report("idle")
+
     # --- learning ------------------------------------------------------------------------------------
 
     def _gather(self) -> list[Delivery]:

@@ -6,8 +6,9 @@ import importlib
 import itertools
 import json
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
@@ -36,6 +37,15 @@ app = typer.Typer(help=servetune.__doc__, **SETTINGS)
 adapters = typer.Typer(help="Versions of an adapter: look at them, keep, move and export them.", **SETTINGS)
 app.add_typer(adapters, name="adapters")
 
+
+class Adapt(StrEnum):
+    """What `--adapt` may be."""
+
+    yes = "yes"
+    no = "no"
+    now = "now"
+
+
 ModelArgument = Annotated[str | None, typer.Argument(help="`nano`, a folder or a hub id of a checkpoint.")]
 HomeOption = Annotated[Path | None, typer.Option(help="All state lives here.")]
 LineOption = Annotated[str | None, typer.Option(help="Name of the adapter line.")]
@@ -46,7 +56,11 @@ SeedOption = Annotated[int | None, typer.Option()]
 
 ImageArgument = Annotated[str, typer.Argument(help="A file, an https URL, a data: URI, or - for stdin.")]
 ChoiceOption = Annotated[str | None, typer.Option(help="live, another alias, base or a version: v0007.")]
-AdaptOption = Annotated[bool, typer.Option(help="May the server keep this query, and learn from it?")]
+AdaptOption = Annotated[
+    Adapt, typer.Option(help="May the server keep this query, and learn from it? now: also for its own answer.")
+]
+NoAdaptOption = Annotated[bool, typer.Option("--no-adapt", help="The same as --adapt no.")]
+DeadlineOption = Annotated[float | None, typer.Option(help="With --adapt now: seconds to answer in.")]
 NameOption = Annotated[str, typer.Option(help="The adapter.")]
 VersionArgument = Annotated[str, typer.Argument(help="A version (v0007), an alias or base.")]
 
@@ -156,7 +170,59 @@ def evaluate(
         source=source,
         fresh=fresh,
     )
-    _evaluate(options)
+    _last_line("command", options)
+
+
+@app.command()
+def learn(
+    data: Annotated[
+        str, typer.Argument(help="A folder of images, a JSONL file, or a built-in stream; no true answers needed.")
+    ],
+    budget: Annotated[
+        str | None, typer.Option(help="Time to learn: 30s, 10m, 1h. Default: until all is used.")
+    ] = None,
+    question: Annotated[str, typer.Option(help="Asked where the data have no question.")] = "",
+    labels: Annotated[str | None, typer.Option(help="Labels to choose from: a,b,c.")] = None,
+    labels_file: Annotated[Path | None, typer.Option(help="The same, one on each line.")] = None,
+    model: Annotated[str | None, typer.Option(help="`nano`, a folder or a hub id of a checkpoint.")] = None,
+    home: HomeOption = None,
+    adapter: LineOption = None,
+    device: DeviceOption = None,
+    learner: LearnerOption = None,
+    seed: SeedOption = None,
+) -> None:
+    """Learn from unlabeled data before serving, into the store that a server uses. Last line: JSON."""
+    settings = {
+        "model": model,
+        "home": home,
+        "adapter": adapter,
+        "device": device,
+        "learner": learner,
+        "seed": seed,
+    }
+    flags = {name: value for name, value in settings.items() if value is not None}
+    found = _labels(labels, labels_file)
+    _last_line("learn", data, _seconds(budget), question, found, **flags)
+
+
+def _seconds(budget: str | None) -> float | None:
+    if budget is None:
+        return None
+    number, unit = budget[:-1], budget[-1:]
+    if not (number.isdecimal() and int(number) and unit in ("s", "m", "h")):
+        fail(f"--budget takes a time such as 30s, 10m or 1h, not {budget}", USAGE)
+    return int(number) * {"s": 1.0, "m": 60.0, "h": 3600.0}[unit]
+
+
+def _labels(given: str | None, file: Path | None) -> list[str]:
+    if given is not None and file is not None:
+        fail("give --labels or --labels-file, not both", USAGE)
+    if file is None:
+        return [] if given is None else given.split(",")
+    try:
+        return file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--labels-file cannot be read: {error}", USAGE)
 
 
 def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
@@ -164,16 +230,17 @@ def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> No
         fail(f"{name} is one of {', '.join(str(each) for each in allowed if each)}, not {value}", USAGE)
 
 
-def _evaluate(options: Options) -> None:
+def _last_line(name: str, *given: Any, **flags: Any) -> None:
+    """Run a command of the evaluation's folder and print what it returns as JSON."""
     try:
-        evaluation = importlib.import_module("servetune.evals.command")
+        module = importlib.import_module(f"servetune.evals.{name}")
     except ModuleNotFoundError as error:
         _explain_missing(error)
     try:
-        summary = evaluation.run(options)
+        summary = module.run(*given, **flags)
     except ValidationError as error:
         _explain_settings(error)
-    except evaluation.REFUSALS as error:
+    except module.REFUSALS as error:
         fail(str(error), USAGE)
     typer.echo(json.dumps(summary))
 
@@ -233,7 +300,9 @@ def answer(
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     seed: SeedOption = None,
     adapter: ChoiceOption = None,
-    adapt: AdaptOption = True,
+    adapt: AdaptOption = Adapt.yes,
+    no_adapt: NoAdaptOption = False,
+    deadline: DeadlineOption = None,
 ) -> Answer:
     """Ask an open question about an image."""
     return client.answer(
@@ -245,7 +314,8 @@ def answer(
         top_k=top_k,
         seed=seed,
         adapter=adapter,
-        adapt=adapt,
+        adapt=_consent(adapt, no_adapt),
+        deadline_s=deadline,
     )
 
 
@@ -257,10 +327,26 @@ def recognize(
     question: Annotated[str | None, typer.Option(help="Instead of the default one.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     adapter: ChoiceOption = None,
-    adapt: AdaptOption = True,
+    adapt: AdaptOption = Adapt.yes,
+    no_adapt: NoAdaptOption = False,
+    deadline: DeadlineOption = None,
 ) -> Answer:
     """Choose one of the labels for an image."""
-    return client.recognize(_image(image), labels, question=question, top_k=top_k, adapter=adapter, adapt=adapt)
+    return client.recognize(
+        _image(image),
+        labels,
+        question=question,
+        top_k=top_k,
+        adapter=adapter,
+        adapt=_consent(adapt, no_adapt),
+        deadline_s=deadline,
+    )
+
+
+def _consent(adapt: Adapt, no_adapt: bool) -> bool | Literal["now"]:
+    if no_adapt or adapt is Adapt.no:
+        return False
+    return "now" if adapt is Adapt.now else True
 
 
 def _image(source: str) -> str | bytes:

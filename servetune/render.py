@@ -67,8 +67,11 @@ def _show_answer(console: Console, answer: Answer) -> None:
         names = [each.label or each.answer or "" for each in answer.candidates]
         shares = [f"{each.score:.1%}" for each in answer.candidates]
         console.print(_table((), zip(names, shares, strict=True)))
-    learning = answer.adaptation.status + (f": {answer.adaptation.reason}" if answer.adaptation.reason else "")
-    note = f"{answer.adapter.name} {answer.adapter.version} · {answer.timings.inference_s:.2f} s"
+    adaptation = answer.adaptation
+    looks = "" if adaptation.views is None else f" · {adaptation.views} views"
+    kept = "queued" if adaptation.queued else "skipped" if adaptation.queued is False else adaptation.status
+    learning = kept + (f": {adaptation.reason}" if adaptation.reason else "")
+    note = f"{answer.adapter.name} {answer.adapter.version} · {answer.timings.inference_s:.2f} s{looks}"
     console.print(_text(f"{note} · learning {learning}", "dim"))
 
 

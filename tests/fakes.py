@@ -44,6 +44,7 @@ class FakeEngine:
         self.error: BaseException | None = None
         self.hold: asyncio.Event | None = None
         self.asked: list[tuple[Query, Sampling, str]] = []
+        self.due_in_s: list[float | None] = []
         self.cancelled = 0
         self.life: list[str] = []
 
@@ -67,8 +68,11 @@ class FakeEngine:
     def residency(self) -> tuple[list[int], dict[int, int]]:
         return sorted({0, self.serving}), {self.serving: 1}
 
-    async def answer(self, query: Query, sampling: Sampling, choice: str) -> Outcome:
+    async def answer(
+        self, query: Query, sampling: Sampling, choice: str, deadline: float | None = None
+    ) -> Outcome:
         self.asked.append((query, sampling, choice))
+        self.due_in_s.append(None if deadline is None else deadline - asyncio.get_running_loop().time())
         if self.error:
             raise self.error
         try:
@@ -95,6 +99,7 @@ class FakeEngine:
             digest=self.store.manifest(version).digest,
             queue_s=0.0,
             inference_s=0.01,
+            views=1 if deadline is None else 4,
         )
 
 

@@ -182,6 +182,22 @@ def test_options_reach_the_server(server, image):
     }
 
 
+def test_an_answer_now_and_its_deadline_reach_the_server(server, image, monkeypatch):
+    done = {"status": "now", "queued": False, "reason": "duplicate", "views": 5, "rollouts": 0}
+    monkeypatch.setitem(ANSWER, "adaptation", done)
+    result = run("answer", image, "what?", "--adapt", "now", "--deadline", 2)
+    assert "5 views · learning skipped: duplicate" in result.stdout
+    run("recognize", image, "-l", "a", "-l", "b", "--adapt", "now")
+    run("answer", image, "what?", "--adapt", "no")
+    sent = [json.loads(request.content) for request in server]
+    assert [(body["adapt"], body.get("deadline_s")) for body in sent] == [
+        ("now", 2.0),
+        ("now", None),
+        (False, None),
+    ]
+    assert run("answer", image, "what?", "--adapt", "maybe").exit_code == 2
+
+
 def test_an_image_can_come_from_stdin(server, image):
     result = run("answer", "-", "what?", input=image.read_bytes())
     assert result.exit_code == 0, result.output

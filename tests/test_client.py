@@ -167,6 +167,17 @@ def test_an_answer_is_typed_and_only_what_was_given_is_sent(ask):
     }
 
 
+def test_an_answer_now_is_asked_for_with_its_deadline(ask):
+    done = {"status": "now", "query_id": "q_1", "queued": True, "views": 5, "rollouts": 16}
+    server = Server(ok({**ANSWER, "confidence_source": "pooled_probability", "adaptation": done}))
+    result = ask(server, lambda c: c.answer(png(), "colour?", adapt="now", deadline_s=2.0))
+    assert (server.body["adapt"], server.body["deadline_s"]) == ("now", 2.0)
+    assert (result.adaptation.status, result.adaptation.queued, result.adaptation.views) == ("now", True, 5)
+    ask(server, lambda c: c.recognize(png(), ["a", "b"], adapt="now"))
+    assert server.body["adapt"] == "now"
+    assert "deadline_s" not in server.body
+
+
 def test_recognition_sends_its_labels_and_no_question_by_itself(ask):
     server = Server(ok({**ANSWER, "task": "recognition"}))
     ask(server, lambda c: c.recognize([png(), "https://example.org/b.png"], ("cat", "dog"), top_k=2))

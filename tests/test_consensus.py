@@ -89,3 +89,18 @@ def test_unshown_answers_keep_the_references_probability(data: st.DataObject) ->
         torch.testing.assert_close(ratio, ratio[0].expand_as(ratio), rtol=1e-4, atol=1e-5)
     else:
         torch.testing.assert_close(kept, target)
+
+
+def test_looks_count_by_how_sure_they_are() -> None:
+    unsure, sure = torch.tensor([0.51, 0.49]).log(), torch.tensor([0.05, 0.95]).log()
+    pooled = consensus.pool_looks(torch.stack([unsure, unsure, unsure, sure])).exp()
+    assert pooled.sum() == pytest.approx(1.0)
+    assert pooled[1] > 0.9
+
+
+def test_no_single_look_rules_an_answer_out() -> None:
+    for_it = torch.tensor([0.0, -30.0])
+    against = torch.tensor([-1000.0, 0.0])
+    assert consensus.pool_looks(torch.stack([for_it, for_it, against])).argmax() == 0
+    assert consensus.pool_looks(torch.full((3, 4), -5.0)).exp().tolist() == pytest.approx([0.25] * 4)
+    assert consensus.pool_looks(torch.zeros(2, 1)).tolist() == [0.0]

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 from servetune import cli
 from servetune.adapters.family import Family
 from servetune.evals import doctor
-from servetune.evals.data import BadData, read
+from servetune.evals.data import BadData, read, read_unlabeled
 from servetune.evals.diagnosis import SENTENCES, diagnose, judge
 from servetune.evals.findings import Outlook, Report
 from servetune.server.model import load_policy
@@ -247,14 +247,14 @@ def test_answers_are_neither_needed_nor_read(folder: Path, tmp_path: Path) -> No
         {"image": image, "candidate_labels": ["dog", "cat"], "answer": "a mistake"},
     ]
     path.write_text("\n".join(map(json.dumps, records)))
-    assert [item.truth for item in read(path, labelled=False).items] == [None] * 3
-    with pytest.raises(BadData, match=r"asked\.jsonl:1: there is no answer"):
+    assert [item.truth for item in read_unlabeled(path).items] == [None] * 3
+    with pytest.raises(BadData, match=r"asked\.jsonl:1: answer: Field required"):
         read(path)
-    assert {item.truth for item in read(folder, labelled=False).items} == {None}
+    assert {item.truth for item in read_unlabeled(folder).items} == {None}
 
 
 def test_a_folder_of_bare_images_is_asked_openly(folder: Path) -> None:
-    found = read(folder / "dog", labelled=False).items
+    found = read_unlabeled(folder / "dog").items
     assert [(item.file, item.labels, item.truth) for item in found] == [("0.png", (), None), ("1.png", (), None)]
 
 

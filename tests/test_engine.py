@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from servetune.adapters import tree
 from servetune.adapters.family import Family
+from servetune.adapters.looks import NUM_ROLLOUTS, Look, Looks
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore, Draft, UnknownVersion
 from servetune.adapters.tree import Sample, Stopped
-from servetune.adapters.types import Sampling
+from servetune.adapters.types import Query, Sampling
+from servetune.adapters.views import safe_views
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
 from servetune.server.settings import Settings
 from tests.conftest import query
@@ -231,3 +235,140 @@ async def test_nothing_about_a_new_version_ends_the_watch(
     async with asyncio.timeout(10):
         while engine.serving != 2:
             await asyncio.sleep(0.02)
+
+
+# --- looking again, with a deadline ------------------------------------------------------------------
+
+
+def soon(seconds: float = 60.0) -> float:
+    return asyncio.get_running_loop().time() + seconds
+
+
+async def test_all_views_of_a_choice_are_pooled(engine: Engine) -> None:
+    plain = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
+    looked = await engine.answer(query(labels=LABELS), Sampling(top_k=2), "live", soon())
+    again = await engine.answer(query(labels=LABELS), Sampling(top_k=2), "live", soon())
+    assert (looked.views, looked.rollouts, plain.views) == (len(safe_views("what is this?")), 0, 1)
+    assert len(looked.candidates) == 2
+    assert (looked.text, looked.confidence) == looked.candidates[0]
+    assert scores(looked) == pytest.approx(scores(again)), "the same question has the same answer"
+    assert looked.confidence != plain.confidence
+    assert (looked.label_mass, looked.alias) == (plain.label_mass, "live")
+
+
+async def test_answers_to_an_open_question_are_drawn_and_pooled(engine: Engine) -> None:
+    looked = await engine.answer(query(), Sampling(max_tokens=2, top_k=3), "live", soon())
+    assert looked.rollouts == NUM_ROLLOUTS
+    if looked.views > 1:
+        assert looked.finish_reason == "stop"
+        assert looked.candidates[0] == (looked.text, looked.confidence)
+    voted = await engine.answer(query(), Sampling(n=9, max_tokens=2, temperature=1.0, seed=1), "live", soon())
+    assert voted.rollouts == 9
+    assert voted.votes
+
+
+@pytest.mark.parametrize("asked", [query(labels=LABELS), query()])
+async def test_a_deadline_that_is_too_short_gives_the_plain_answer(engine: Engine, asked: Query) -> None:
+    plain = await engine.answer(asked, Sampling(max_tokens=3, top_k=2), "live")
+    hurried = await engine.answer(asked, Sampling(max_tokens=3, top_k=2), "live", soon(-1))
+    assert (hurried.text, hurried.candidates, hurried.views) == (plain.text, plain.candidates, 1)
+    assert (hurried.confidence, hurried.rollouts, hurried.output_tokens) == (
+        plain.confidence,
+        0,
+        plain.output_tokens,
+    )
+
+
+async def test_a_look_that_would_end_too_late_is_not_begun(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every look takes 10 s of a clock that only looks move."""
+    clock = [0.0]
+    take = Looks.take
+
+    def slow(self: Looks, *given: Any) -> Look:
+        clock[0] += 10.0
+        return take(self, *given)
+
+    monkeypatch.setattr(Looks, "take", slow)
+    monkeypatch.setattr(asyncio.get_running_loop(), "time", lambda: clock[0])
+    looked = await engine.answer(query(labels=LABELS), Sampling(), "live", 25.0)
+    monkeypatch.undo()
+    assert looked.views == 3
+    assert clock == [20.0]
+
+
+async def test_a_look_that_waits_too_long_is_given_up(engine: Engine) -> None:
+    free = threading.Event()
+    first = asyncio.create_task(engine.answer(query(labels=LABELS), Sampling(), "live", soon(0.5)))
+    while not engine.residency()[1]:
+        await asyncio.sleep(0)
+    blocked = engine._thread.submit(free.wait, 30.0)
+    try:
+        assert (await asyncio.wait_for(first, 20)).views < len(safe_views("what is this?"))
+    finally:
+        free.set()
+    await asyncio.wrap_future(blocked)
+    await engine.ping()
+    await asyncio.sleep(0.05)
+    assert engine.residency()[1] == {}
+
+
+async def test_others_are_answered_between_two_looks(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    take, choose = Looks.take, Engine._choose
+
+    def looking(self: Looks, *given: Any) -> Look:
+        order.append("look")
+        return take(self, *given)
+
+    def answering(self: Engine, *given: Any) -> Any:
+        order.append("answer")
+        return choose(self, *given)
+
+    monkeypatch.setattr(Looks, "take", looking)
+    monkeypatch.setattr(Engine, "_choose", answering)
+    greedy = asyncio.create_task(engine.answer(query(labels=LABELS), Sampling(), "live", soon()))
+    for number in range(5):
+        await engine.answer(query(number, labels=LABELS), Sampling(), "live")
+    assert not greedy.done()
+    assert max(len(run) for run in " ".join(order).split("answer")) <= len(" look look ")
+    assert (await greedy).views > 2
+
+
+async def test_a_failing_look_leaves_the_answer(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError
+
+    plain = await engine.answer(query(labels=LABELS), Sampling(), "live")
+    monkeypatch.setattr(Looks, "take", fail)
+    failed = await engine.answer(query(labels=LABELS), Sampling(), "live", soon())
+    assert (failed.text, failed.views) == (plain.text, 1)
+
+
+async def test_a_full_queue_ends_the_looking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = engine._settings.model_copy(update={"queue_size": 0})
+    take = Looks.take
+
+    def then_full(self: Looks, *given: Any) -> Look:
+        monkeypatch.setattr(engine, "_settings", full)
+        return take(self, *given)
+
+    monkeypatch.setattr(Looks, "take", then_full)
+    assert (await engine.answer(query(labels=LABELS), Sampling(), "live", soon())).views == 2
+
+
+async def test_live_is_the_same_to_the_bit_afterwards(engine: Engine, policy: Policy, store: AdapterStore) -> None:
+    store.promote(publish(policy, store, seed=1))
+    version = await engine.refresh()
+    before = {slot: policy.weights(slot) for slot in SLOTS}
+    plain = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
+    looked = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live", soon())
+    base = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "base", soon())
+    assert (looked.version, base.version) == (version, 0)
+    assert scores(looked) != scores(base)
+    assert scores(await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")) == scores(plain)
+    for slot, weights in before.items():
+        assert all(torch.equal(weights[key], value) for key, value in policy.weights(slot).items())
+    assert store.live().version == version
+    assert engine.residency()[1] == {}

@@ -136,6 +136,45 @@ async def test_these_are_never_written(
     assert world.buffer.puts == 0
 
 
+async def test_an_answer_now_says_what_was_done_and_is_kept_as_any_other(world: World) -> None:
+    answer = (await world.ask(adapt="now", deadline_s=2)).json()
+    [kept] = world.buffer.kept
+    assert answer["adaptation"] == {
+        "status": "now",
+        "query_id": kept,
+        "reason": None,
+        "queued": True,
+        "views": 4,
+        "rollouts": 0,
+    }
+    assert answer["confidence_source"] == "pooled_probability"
+    assert Answer.model_validate(answer).adaptation.views == 4
+    assert (await send_form(world, adapt="now", deadline_s="2.5")).json()["adaptation"]["status"] == "now"
+    await world.ask()
+    assert [due and round(due, 1) for due in world.engine.due_in_s] == [2, 2.5, None]
+
+
+@pytest.mark.parametrize(
+    ("fields", "headers", "reason"),
+    [({}, {"Servetune-Adapt": "false"}, "adapt_false"), ({"adapter": "base"}, {}, "not_live")],
+)
+async def test_an_answer_now_needs_no_consent_to_learning(
+    world: World, fields: dict[str, Any], headers: dict[str, str], reason: str
+) -> None:
+    world.client.headers.update(headers)
+    adaptation = (await world.ask(adapt="now", **fields)).json()["adaptation"]
+    assert (adaptation["status"], adaptation["views"]) == ("now", 4)
+    assert (adaptation["queued"], adaptation["reason"]) == (False, reason)
+    assert world.buffer.puts == 0
+
+
+async def test_an_answer_now_is_due_before_the_request_times_out(tmp_path: Path) -> None:
+    world = World(tmp_path, request_timeout_s=10.0, now_deadline_s=3.0)
+    for deadline_s in (None, 1000):
+        await world.ask(adapt="now", deadline_s=deadline_s)
+    assert [round(due or 0) for due in world.engine.due_in_s] == [3, 9]
+
+
 async def test_a_slow_buffer_costs_the_answer_no_more_than_agreed(world: World) -> None:
     world.buffer.delay_s = 0.3
     reply = await asyncio.wait_for(world.ask(), 0.25)
@@ -238,6 +277,10 @@ async def test_broken_bodies_are_refused(world: World, body: bytes, status: int,
         ({"image": {"url": 3, "x": "canary"}}, "image"),
         ({"image": None, "images": [{"data": "canary", "media_type": "image/gif"}]}, "images.0"),
         ({"stream": True}, "stream"),
+        ({"adapt": "canary"}, "adapt"),
+        ({"adapt": None, "deadline_s": "canary"}, "deadline_s"),
+        ({"adapt": "now", "deadline_s": 0}, "deadline_s"),
+        ({"adapt": True, "deadline_s": 3}, None),
         ({"candidate_label": "canary"}, "candidate_label"),
         ({"<script>\u2028": "canary"}, "?script??"),
         ({"metadata": {"a": {"b": "canary"}}}, "metadata"),
