@@ -59,11 +59,15 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`learn` in the order of the stream; nothing of `heldout` and `unseen` is ever learned from."""
+    """`learn` in the order of the stream; nothing of `heldout` and `unseen` is ever learned from.
+
+    `learned` are the items about images of `learn`, which are measured again at the end as part of the whole.
+    """
 
     learn: list[Item]
     heldout: list[Item]
     unseen: list[Item] = field(default_factory=list)
+    learned: list[Item] = field(default_factory=list)
 
 
 class _Line(BaseModel):
@@ -101,7 +105,7 @@ def _read_folder(folder: Path) -> list[Item]:
             raise BadData(f"{folder / label} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:
             name = f"{label}/{file.name}"
-            items.append(Item(name, name, _opener(file), "", label, labels))
+            items.append(Item(name, name, opener(file), "", label, labels))
     return items
 
 
@@ -128,7 +132,7 @@ def _read_lines(path: Path) -> list[Item]:
             Item(
                 f"{path.stem}:{number}",
                 line.image,
-                _opener(file),
+                opener(file),
                 line.question,
                 line.answer,
                 line.candidate_labels,
@@ -139,7 +143,7 @@ def _read_lines(path: Path) -> list[Item]:
     return items
 
 
-def _opener(file: Path) -> Callable[[], Image.Image]:
+def opener(file: Path) -> Callable[[], Image.Image]:
     def picture() -> Image.Image:
         try:
             with Image.open(file) as opened:
@@ -172,6 +176,15 @@ def split_labels(data: Data, seed: int, samples: int | None, shuffled: bool) -> 
     heldout = [item for item in data.items if item.file not in learned and item.truth not in unseen]
     others = [item for item in data.items if item.truth in unseen and item.file not in learned]
     return Split(_stream(learn, data, rng, samples, shuffled), heldout, others)
+
+
+def split_whole(data: Data, seed: int, samples: int | None, shuffled: bool) -> Split:
+    """Some items are learned from and all are measured, as TTRV does; held out are those of other images."""
+    rng = random.Random(f"whole {seed}")
+    learn = _stream(list(data.items), data, rng, samples, shuffled)
+    files = {item.file for item in learn}
+    learned, rest = ([item for item in data.items if (item.file in files) == own] for own in (True, False))
+    return Split(learn, rest, learned=learned)
 
 
 def _half_of_files(items: Iterable[Item], rng: random.Random) -> set[str]:

@@ -94,7 +94,9 @@ class Scorer:
         self._frozen: dict[str, Reply] = {}
 
     @torch.no_grad()
-    def pairs(self, items: Sequence[Item], batch: int = 16) -> list[tuple[Reply, Reply]]:
+    def pairs(
+        self, items: Sequence[Item], batch: int = 16, progress: Callable[[int], None] = lambda count: None
+    ) -> list[tuple[Reply, Reply]]:
         """The frozen model's reply to each item and the live adapter's, as a server gives them."""
         found: dict[int, tuple[Reply, Reply]] = {}
         kinds: dict[tuple[str, ...], list[int]] = {}
@@ -104,6 +106,7 @@ class Scorer:
             for start in range(0, len(places), batch):
                 part = places[start : start + batch]
                 found |= zip(part, self._pairs([items[index] for index in part]), strict=True)
+                progress(len(part))
         return [found[index] for index in range(len(items))]
 
     def _pairs(self, items: list[Item]) -> list[tuple[Reply, Reply]]:
@@ -156,6 +159,7 @@ def run(
     """Learn from `split.learn` and measure; the policy's slots `candidate` and `live` are overwritten.
 
     Args:
+        progress: is told how many more items have been learned from or measured.
         learns: False measures the frozen model alone.
         truths: answers by query id, for the `oracle` learner alone.
     """
@@ -182,7 +186,7 @@ def run(
     for verdict in stream.verdicts:
         made.published += verdict["accepted"]
         made.rejected.update(reason.split()[0] for reason in verdict["reasons"])
-    _measure(made, split, source, scorer)
+    _measure(made, split, source, scorer, progress)
     made.cpu_s = time.process_time() - began
     return made
 
@@ -202,13 +206,17 @@ def _note(made: Run, stream: ListStream, asked: int) -> None:
     made.series.append({"asked": asked, **status.last_step, **{f"gate_{name}": v for name, v in gate.items()}})
 
 
-def _measure(made: Run, split: Split, source: Sequence[Item], scorer: Scorer) -> None:
+def _measure(
+    made: Run, split: Split, source: Sequence[Item], scorer: Scorer, progress: Callable[[int], None]
+) -> None:
     frozen, adapted = ([pair[index] for pair in made.right] for index in (0, 1))
     made.figures |= {"frozen": _share(frozen), "prequential": _share(adapted), "worst_window": _worst(made.right)}
-    for name, items in (("heldout", split.heldout), ("unseen_labels", split.unseen), ("source", source)):
-        if not items:
-            continue
-        for kind, replies in zip(("frozen", "adapted"), zip(*scorer.pairs(items), strict=True), strict=True):
+    groups = {"heldout": split.heldout, "learned": split.learned, "unseen_labels": split.unseen, "source": source}
+    pairs = {name: scorer.pairs(items, progress=progress) for name, items in groups.items() if items}
+    if split.learned:
+        pairs["whole"] = pairs.pop("learned") + pairs.get("heldout", [])
+    for name, found in pairs.items():
+        for kind, replies in zip(("frozen", "adapted"), zip(*found, strict=True), strict=True):
             made.figures[f"{name}_{kind}"] = _share([reply.right for reply in replies])
             if name == "heldout":
                 made.figures[f"valid_{kind}"] = fmean(reply.valid for reply in replies)
