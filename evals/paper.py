@@ -109,6 +109,7 @@ def _row(
         "paper_frozen": None if frozen is None else round(frozen / 100, 4),
         "paper_ttrv": None if adapted is None else round(adapted / 100, 4),
         "published": summary["published"],
+        "rejected": summary["rejected"],
         "seeds": summary["seeds"],
         "ci95": {key: summary["ci95"][key] for key in OURS},
     }

@@ -180,6 +180,7 @@ def run(
                 worker.turn()
             _note(made, stream, start + len(items))
             progress(len(items))
+        worker.turn()  # as in a server that has run out of queries: what is left of a candidate is judged
         while worker.learner.unfinished:
             worker.turn()
         _note(made, stream, len(split.learn))

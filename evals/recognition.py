@@ -100,7 +100,7 @@ def resisc45(folder: Path, images: Path) -> Iterator[Line]:
 
     `NWPU-RESISC45/<class>/<class>_001.jpg`, all of them: the data set has no split of its own.
     """
-    root = located(folder, "*_*/*.jpg")
+    root = located(folder, "*/*.jpg")
     found = [f"{each.name}/{file.name}" for each in folders_in(root) for file in images_in(each)]
     return _listed(root, found)
 
@@ -148,14 +148,12 @@ def _distinct(names: dict[str, str]) -> dict[str, str]:
 
 def _flat_truths(folder: Path, files: list[Path]) -> list[str]:
     """The synset of each file."""
-    solution = next(folder.rglob("LOC_val_solution.csv"), None)
+    solution = _found(folder, "LOC_val_solution.csv")
     if solution is not None:
         rows = csv.DictReader(text_lines(solution))
         by_name = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
         return [by_name[file.stem] for file in files]
-    truth, mapping = (
-        next(folder.rglob(name), None) for name in ("*validation_ground_truth.txt", "map_clsloc.txt")
-    )
+    truth, mapping = _found(folder, "*validation_ground_truth.txt"), _found(folder, "map_clsloc.txt")
     if truth is None or mapping is None:
         raise BadData(
             f"{folder} is flat: it needs LOC_val_solution.csv, or *validation_ground_truth.txt with "
@@ -166,3 +164,8 @@ def _flat_truths(folder: Path, files: list[Path]) -> list[str]:
     if len(numbers) != len(files):
         raise BadData(f"{truth} has {len(numbers)} lines for {len(files)} images")
     return [synsets[number] for number in numbers]
+
+
+def _found(folder: Path, name: str) -> Path | None:
+    """A file of the folder or of a devkit inside it."""
+    return next((file for place in ("", "*/", "*/data/") for file in folder.glob(place + name)), None)

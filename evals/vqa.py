@@ -80,15 +80,18 @@ def mme(folder: Path, images: Path) -> Iterator[Line]:
         for record in records(folder, images, "data/*.parquet"):
             yield _yes_or_no(record["image"], record["question"], record["answer"])
         return
-    nested = folder / "MME_Benchmark_release_version"
-    root = located(nested if nested.is_dir() else folder, "*/**/*.txt")
-    for task in folders_in(root):
-        pictures = task / "images" if (task / "images").is_dir() else task
-        texts = task / "questions_answers_YN" if (task / "questions_answers_YN").is_dir() else task
-        for image in images_in(pictures):
-            for line in text_lines(texts / f"{image.stem}.txt"):
+    release = folder / "MME_Benchmark_release_version"
+    places = release / "MME_Benchmark", release, folder / "MME_Benchmark", folder
+    root = next((place for place in places if place.is_dir()), folder)
+    for task in folders_in(root) if root.is_dir() else []:
+        apart = (task / "questions_answers_YN").is_dir()
+        pictures = {image.stem: image for image in images_in(task / "images" if apart else task)}
+        for file in sorted((task / "questions_answers_YN" if apart else task).glob("*.txt")):
+            if file.stem not in pictures:
+                raise BadData(f"there is no image for {file}")
+            for line in text_lines(file):
                 question, answer = line.split("\t")
-                yield _yes_or_no(image, question, answer)
+                yield _yes_or_no(pictures[file.stem], question, answer)
 
 
 def realworldqa(folder: Path, images: Path) -> Iterator[Line]:
