@@ -100,5 +100,5 @@ def convert(name: str, folder: Path, out: Path, num_options: int | None = None) 
             labels = {"candidate_labels": item.labels} if item.labels else {}
             image = os.path.relpath(item.file, out.absolute().parent)
             record = {"image": image, "question": item.question, "answer": item.truth, **labels}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            file.write(json.dumps(record) + "\n")
     return len(items)

@@ -56,7 +56,8 @@ def text_lines(path: Path) -> list[str]:
     """
     if not path.is_file():
         raise BadData(f"{path} is missing; it comes with the data set")
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    # Not splitlines: a JSON string may hold the other characters that it takes for the end of a line.
+    return [line.strip() for line in path.read_text().split("\n") if line.strip()]
 
 
 def records(folder: Path, images: Path, *patterns: str) -> Iterator[Record]:

@@ -127,7 +127,9 @@ def evaluate(
         str | None, typer.Option(help="Unlabeled queries to learn from: all or a number; for paper 1,20,500.")
     ] = None,
     order: Annotated[str, typer.Option(help="shuffled, or stream for the order of the data.")] = "shuffled",
-    split: Annotated[str, typer.Option(help="file, with label beside it, or label alone, or whole.")] = "file",
+    split: Annotated[
+        str, typer.Option(help="file (and label beside it), label, or whole: also what was learned.")
+    ] = "file",
     num_options: Annotated[
         int | None, typer.Option("--options", min=2, max=26, help="Ask recognition by letter, among so many.")
     ] = None,

@@ -207,10 +207,10 @@ def capture(folder: Path) -> Expected:
 def crpe(folder: Path) -> Expected:
     picture(folder / "abnormal_images" / "a.png")
     picture(folder / "coco" / "val2017" / "000000000139.jpg")
-    asked = "Who sits?\nA. man\nB. dog\nC. cat\nD. hen\nAnswer with the option's letter."
+    asked = "Who sits\u2028there?\nA. man\nB. dog\nC. cat\nD. hen\nAnswer with the option's letter."
     files = "abnormal_images/a.png", "coco/val2017/000000000139.jpg"
     records = [{"question_id": 0, "image": file, "text": asked, "correct_option": "C"} for file in files]
-    text(folder / "crpe_relation.jsonl", "\n".join(map(json.dumps, records)))
+    text(folder / "crpe_relation.jsonl", "\n".join(json.dumps(record, ensure_ascii=False) for record in records))
     return [(file, asked, "C", ABCD) for file in files]
 
 
