@@ -153,7 +153,14 @@ def evaluate(
     for each in (learner, *(compare or ())):
         _choose("a learner", each, (*LEARNERS, *BASELINES))
     if data == "paper":
-        others = {"--task": task, "--options": num_options, "--test-on": test_on, "--source": source}
+        others = {
+            "--task": task,
+            "--options": num_options,
+            "--test-on": test_on,
+            "--source": source,
+            "--split": None if split == "file" else split,
+            "--order": None if order == "shuffled" else order,
+        }
         for name in (name for name, value in others.items() if value is not None):
             fail(f"paper has a protocol of its own and does not take {name}", USAGE)
         if root is None:

@@ -122,6 +122,7 @@ def test_nothing_there_nonsense_and_a_broken_set_are_usage_errors(root: Path, tm
         (["--root", str(root), "--datasets", "mme"], "holds none of the data sets mme"),
         (["--root", str(root), "--samples", "1,none"], "--samples"),
         (["--root", str(root), "--options", "4"], "does not take --options"),
+        (["--root", str(root), "--split", "label"], "does not take --split"),
         (["--root", str(root), "--learner", "magic"], "not magic"),
         (["--root", str(root)], "ai2d holds no questions"),
     ):
