@@ -30,3 +30,18 @@ class Options:
     test_on: str | None = None
     source: str | None = None
     fresh: bool = False
+    num_options: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PaperOptions:
+    """What `servetune eval paper` was asked for; without data sets it is all of them."""
+
+    root: Path
+    model: str = "nano"
+    datasets: tuple[str, ...] = ()
+    samples: tuple[int, ...] = (1, 20, 500)
+    learners: tuple[str, ...] = ("default",)
+    seeds: int = 1
+    out: Path = Path("eval-out")
+    fresh: bool = False

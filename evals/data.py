@@ -61,11 +61,15 @@ class Data:
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`learn` in the order of the stream; nothing of `heldout` and `unseen` is ever learned from."""
+    """`learn` in the order of the stream; nothing of `heldout` and `unseen` is ever learned from.
+
+    `learned` are the items about images of `learn`, which are measured again at the end as part of the whole.
+    """
 
     learn: list[Item]
     heldout: list[Item]
     unseen: list[Item] = field(default_factory=list)
+    learned: list[Item] = field(default_factory=list)
 
 
 class _Line(BaseModel):
@@ -131,7 +135,7 @@ def _read_folder(folder: Path) -> list[Item]:
             raise BadData(f"{folder / label} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
         for file in files:
             name = f"{label}/{file.name}"
-            items.append(Item(name, name, _opener(file), "", label, labels))
+            items.append(Item(name, name, opener(file), "", label, labels))
     return items
 
 
@@ -142,7 +146,7 @@ def _read_pictures(folder: Path, question: str, labels: tuple[str, ...]) -> list
         raise BadData(f"{folder} holds no image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     names = [str(file.relative_to(folder)) for file in files]
     return [
-        Item(name, name, _opener(file), question, None, labels) for name, file in zip(names, files, strict=True)
+        Item(name, name, opener(file), question, None, labels) for name, file in zip(names, files, strict=True)
     ]
 
 
@@ -150,7 +154,7 @@ def _read_lines(
     path: Path, kind: type[_Line] = _AnsweredLine, question: str = "", labels: tuple[str, ...] = ()
 ) -> list[Item]:
     items = []
-    for number, text in enumerate(path.read_text().splitlines(), start=1):
+    for number, text in enumerate(path.read_text().split("\n"), start=1):
         if not text.strip():
             continue
         try:
@@ -169,13 +173,13 @@ def _read_lines(
         file = path.parent / line.image
         if not file.is_file():
             raise BadData(f"{path}:{number}: there is no image {line.image}")
-        items.append(Item(f"{path.stem}:{number}", line.image, _opener(file), asked, truth, own))
+        items.append(Item(f"{path.stem}:{number}", line.image, opener(file), asked, truth, own))
     if not items:
         raise BadData(f"{path} is empty")
     return items
 
 
-def _opener(file: Path) -> Callable[[], Image.Image]:
+def opener(file: Path) -> Callable[[], Image.Image]:
     def picture() -> Image.Image:
         try:
             return decode(file.read_bytes(), Limits())
@@ -209,6 +213,15 @@ def split_labels(data: Data, seed: int, samples: int | None, shuffled: bool) -> 
     heldout = [item for item in data.items if item.file not in learned and item.truth not in unseen]
     others = [item for item in data.items if item.truth in unseen and item.file not in learned]
     return Split(_stream(learn, data, rng, samples, shuffled), heldout, others)
+
+
+def split_whole(data: Data, seed: int, samples: int | None, shuffled: bool) -> Split:
+    """Some items are learned from and all are measured, as TTRV does; held out are those of other images."""
+    rng = random.Random(f"whole {seed}")
+    learn = _stream(list(data.items), data, rng, samples, shuffled)
+    files = {item.file for item in learn}
+    learned, rest = ([item for item in data.items if (item.file in files) == own] for own in (True, False))
+    return Split(learn, rest, learned=learned)
 
 
 def _half_of_files(items: Iterable[Item], rng: random.Random) -> set[str]:

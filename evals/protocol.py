@@ -72,7 +72,13 @@ class Scorer:
         self._frozen: dict[str, Reply] = {}
 
     @torch.no_grad()
-    def pairs(self, items: Sequence[Item], temperature: float, batch: int = 16) -> list[tuple[Reply, Reply]]:
+    def pairs(
+        self,
+        items: Sequence[Item],
+        temperature: float,
+        batch: int = 16,
+        progress: Callable[[int], None] = lambda count: None,
+    ) -> list[tuple[Reply, Reply]]:
         """What the frozen model and the live adapter (at its temperature) reply to each item, as in a server."""
         found: dict[int, tuple[Reply, Reply]] = {}
         kinds: dict[tuple[str, ...], list[int]] = {}
@@ -82,6 +88,7 @@ class Scorer:
             for start in range(0, len(places), batch):
                 part = places[start : start + batch]
                 found |= zip(part, self._pairs([items[index] for index in part], temperature), strict=True)
+                progress(len(part))
         return [found[index] for index in range(len(items))]
 
     def _pairs(self, items: list[Item], temperature: float) -> list[tuple[Reply, Reply]]:
@@ -134,6 +141,7 @@ def run(
     """Learn from `split.learn` and measure; the policy's slots `candidate` and `live` are overwritten.
 
     Args:
+        progress: is told how many more items have been learned from or measured.
         learns: False measures the frozen model alone.
         truths: answers by query id, for the `oracle` learner alone.
     """
@@ -158,12 +166,13 @@ def run(
 
         for _ in lock_step(worker, stream, asked()):
             pass
+        worker.finish()
         _note(made, stream, len(split.learn))
         temperature = _temperature(store)
     for verdict in stream.verdicts:
         made.published += verdict["accepted"]
         made.rejected.update(reason.split()[0] for reason in verdict["reasons"])
-    _measure(made, split, source, scorer, temperature)
+    _measure(made, split, source, scorer, temperature, progress)
     made.cpu_s = time.process_time() - began
     return made
 
@@ -186,20 +195,28 @@ def _note(made: Run, stream: ListStream, asked: int) -> None:
     made.series.append({"asked": asked, **status.last_step, **{f"gate_{name}": v for name, v in gate.items()}})
 
 
-def _measure(made: Run, split: Split, source: Sequence[Item], scorer: Scorer, temperature: float) -> None:
+def _measure(
+    made: Run,
+    split: Split,
+    source: Sequence[Item],
+    scorer: Scorer,
+    temperature: float,
+    progress: Callable[[int], None],
+) -> None:
     frozen, adapted = ([pair[index] for pair in made.right] for index in (0, 1))
     made.figures |= {"frozen": _share(frozen), "prequential": _share(adapted), "worst_window": _worst(made.right)}
-    for name, items in (("heldout", split.heldout), ("unseen_labels", split.unseen), ("source", source)):
-        if not items:
-            continue
-        for kind, replies in zip(
-            ("frozen", "adapted"), zip(*scorer.pairs(items, temperature), strict=True), strict=True
-        ):
+    groups = {"heldout": split.heldout, "learned": split.learned, "unseen_labels": split.unseen, "source": source}
+    pairs = {name: scorer.pairs(items, temperature, progress=progress) for name, items in groups.items() if items}
+    if split.learned:
+        pairs["whole"] = pairs.pop("learned") + pairs.get("heldout", [])
+    for name, found in pairs.items():
+        for kind, replies in zip(("frozen", "adapted"), zip(*found, strict=True), strict=True):
             made.figures[f"{name}_{kind}"] = _share([reply.right for reply in replies])
             if name == "heldout":
                 made.figures[f"valid_{kind}"] = fmean(reply.valid for reply in replies)
                 made.figures[f"ece_{kind}"] = calibration_error(replies)
-                made.figures |= {f"{part}_{kind}": share for part, share in _by_kind(items, replies).items()}
+                parts = _by_kind(split.heldout, replies)
+                made.figures |= {f"{part}_{kind}": share for part, share in parts.items()}
 
 
 def _by_kind(items: Sequence[Item], replies: Sequence[Reply]) -> dict[str, float]:

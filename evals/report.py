@@ -17,6 +17,8 @@ KEYS = (
     "prequential",
     "heldout_frozen",
     "heldout_adapted",
+    "whole_frozen",
+    "whole_adapted",
     "unseen_labels_frozen",
     "unseen_labels_adapted",
     "source_frozen",

@@ -1,4 +1,4 @@
-"""The command `servetune`. The server is imported by `serve`, `worker`, `eval` and `doctor` alone, when called."""
+"""The command `servetune`. The server is imported only by the commands that run it, when called."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
@@ -24,7 +25,7 @@ from servetune.clients import (
     VersionInfo,
 )
 from servetune.connect import REFUSED, USAGE, OutputOption, command, fail
-from servetune.evals import BASELINES, LEARNERS, Options
+from servetune.evals import BASELINES, LEARNERS, Options, PaperOptions
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
@@ -124,7 +125,10 @@ def _start(role: str, options: dict[str, Any]) -> None:
 @app.command(name="eval")
 def evaluate(
     data: Annotated[
-        str | None, typer.Argument(help="An image folder (label/*.png), a JSONL file, or a built-in stream.")
+        str | None,
+        typer.Argument(
+            help="An image folder (label/*.png), a JSONL file, a built-in stream, or paper with --root."
+        ),
     ] = None,
     model: Annotated[str, typer.Option(help="`nano`, a folder or a hub id of a checkpoint.")] = "nano",
     task: Annotated[str | None, typer.Option(help="recognition or vqa; by default as the data says.")] = None,
@@ -134,27 +138,65 @@ def evaluate(
     compare: Annotated[
         list[str] | None, typer.Option(help="Another learner to run beside it; repeatable.")
     ] = None,
-    samples: Annotated[str, typer.Option(help="Unlabeled queries to learn from: a number or all.")] = "all",
+    samples: Annotated[
+        str | None, typer.Option(help="Unlabeled queries to learn from: all or a number; for paper 1,20,500.")
+    ] = None,
     order: Annotated[str, typer.Option(help="shuffled, or stream for the order of the data.")] = "shuffled",
-    split: Annotated[str, typer.Option(help="file, with label beside it, or label alone.")] = "file",
-    seeds: Annotated[int | None, typer.Option(min=1, help="Default 5; 20 for 1 or 20 samples.")] = None,
+    split: Annotated[
+        str, typer.Option(help="file (and label beside it), label, or whole: also what was learned.")
+    ] = "file",
+    num_options: Annotated[
+        int | None, typer.Option("--options", min=2, max=26, help="Ask recognition by letter, among so many.")
+    ] = None,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Default 5; 20 for 1 or 20 samples; 1 for paper.")
+    ] = None,
     adapt_on: Annotated[str | None, typer.Option(help="With --test-on: learn from this data set.")] = None,
     test_on: Annotated[str | None, typer.Option(help="Measure transfer to this data set.")] = None,
     source: Annotated[str | None, typer.Option(help="Data of the domain the model comes from.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for JSON, table and plots.")] = Path("eval-out"),
     fresh: Annotated[bool, typer.Option(help="Do not resume: run again what is finished.")] = False,
+    root: Annotated[Path | None, typer.Option(help="For paper: the folder of data set folders.")] = None,
+    datasets: Annotated[str | None, typer.Option(help="For paper: only these, with commas.")] = None,
 ) -> None:
     """Measure what learning does to accuracy, with the frozen model beside it. Last line: JSON."""
     if (data is None) == (adapt_on is None):
         fail("name the DATA to learn from: servetune eval DATA, or --adapt-on A --test-on B", USAGE)
     _choose("--task", task, (None, "recognition", "vqa"))
     _choose("--order", order, ("shuffled", "stream"))
-    _choose("--split", split, ("file", "label"))
+    _choose("--split", split, ("file", "label", "whole"))
     for each in (learner, *(compare or ())):
         _choose("a learner", each, (*LEARNERS, *BASELINES))
-    if samples != "all" and not (samples.isdecimal() and int(samples) > 0):
-        fail("--samples takes a number above 0, or all", USAGE)
-    count = None if samples == "all" else int(samples)
+    if data == "paper":
+        others = {
+            "--task": task,
+            "--options": num_options,
+            "--test-on": test_on,
+            "--source": source,
+            "--split": None if split == "file" else split,
+            "--order": None if order == "shuffled" else order,
+        }
+        for name in (name for name, value in others.items() if value is not None):
+            fail(f"paper has a protocol of its own and does not take {name}", USAGE)
+        if root is None:
+            fail("name the folder of data set folders: servetune eval paper --root DIR", USAGE)
+        _last_line(
+            "paper",
+            PaperOptions(
+                root=root,
+                model=model,
+                datasets=tuple((datasets or "").replace(",", " ").split()),
+                samples=tuple(_count(each) for each in (samples or "1,20,500").split(",")),
+                learners=(learner, *(compare or ())),
+                seeds=seeds or 1,
+                out=out,
+                fresh=fresh,
+            ),
+        )
+        return
+    if root is not None or datasets is not None:
+        fail("--root and --datasets belong to: servetune eval paper", USAGE)
+    count = None if samples in (None, "all") else _count(samples)
     options = Options(
         data=str(data or adapt_on),
         model=model,
@@ -169,6 +211,7 @@ def evaluate(
         test_on=test_on,
         source=source,
         fresh=fresh,
+        num_options=num_options,
     )
     _last_line("command", options)
 
@@ -225,17 +268,45 @@ def _labels(given: str | None, file: Path | None) -> list[str]:
         fail(f"--labels-file cannot be read: {error}", USAGE)
 
 
+@app.command()
+def convert(
+    name: Annotated[str, typer.Argument(help="A data set of the TTRV paper: imagenet-r, mathvista...")],
+    folder: Annotated[Path, typer.Argument(help="A local copy in its public layout.")],
+    out: Annotated[Path, typer.Argument(help="The JSONL file to write.")],
+    num_options: Annotated[
+        int | None, typer.Option("--options", min=2, max=26, help="Ask recognition by letter, among so many.")
+    ] = None,
+) -> None:
+    """Convert a public data set to JSONL for servetune eval."""
+    datasets = _evals("datasets")
+    try:
+        count = datasets.convert(name, folder, out, num_options)
+    except datasets.REFUSALS as error:
+        fail(str(error), USAGE)
+    typer.echo(f"{count} questions: {out}")
+
+
+def _count(samples: str) -> int:
+    if not (samples.isdecimal() and int(samples) > 0):
+        fail("--samples takes a number above 0, or all; for paper numbers with commas", USAGE)
+    return int(samples)
+
+
 def _choose(name: str, value: str | None, allowed: tuple[str | None, ...]) -> None:
     if value not in allowed:
         fail(f"{name} is one of {', '.join(str(each) for each in allowed if each)}, not {value}", USAGE)
 
 
-def _last_line(name: str, *given: Any, **flags: Any) -> None:
-    """Run a command of the evaluation's folder and print what it returns as JSON."""
+def _evals(module: str) -> ModuleType:
     try:
-        module = importlib.import_module(f"servetune.evals.{name}")
+        return importlib.import_module(f"servetune.evals.{module}")
     except ModuleNotFoundError as error:
         _explain_missing(error)
+
+
+def _last_line(name: str, *given: Any, **flags: Any) -> None:
+    """Run a command of the evaluation's folder and print what it returns as JSON."""
+    module = _evals(name)
     try:
         summary = module.run(*given, **flags)
     except ValidationError as error:
@@ -255,10 +326,7 @@ def doctor(
     output: OutputOption = render.Output.table,
 ) -> None:
     """Check a model on this machine before going live. Exit code 1: it cannot serve or cannot learn."""
-    try:
-        examination = importlib.import_module("servetune.evals.doctor")
-    except ModuleNotFoundError as error:
-        _explain_missing(error)
+    examination = _evals("doctor")
     try:
         report = examination.run(model, data, device)
     except ValidationError as error:

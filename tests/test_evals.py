@@ -296,6 +296,16 @@ def test_every_built_in_stream_loads_and_is_the_same_each_time(name: str) -> Non
     assert {item.id for item in first.source}.isdisjoint(item.id for item in first.items)
 
 
+@pytest.mark.usefixtures("artwork")
+def test_a_stream_is_asked_by_letter_also_what_is_not_scored() -> None:
+    made = command._by_letter(streams.load("hostile-attacker"), 4)
+    assert {item.labels for item in (*made.items, *made.extra)} == {("A", "B", "C", "D")}
+    assert {item.truth for item in made.items} <= {"A", "B", "C", "D"}
+    assert {item.truth for item in made.extra} == {None}
+    assert {len(item.labels) for item in made.source} == {4}
+    assert not any(item.question for item in made.source), "the source domain stays as the model knows it"
+
+
 def test_development_and_final_images_are_apart() -> None:
     for kind in ("noise", "blur"):
         development = {item.file for item in streams.corrupted(kind).items}
