@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -13,6 +14,18 @@ MAX_TEMPERATURE = 4.0
 def confidence(logprobs: Sequence[Tensor], temperature: float = 1.0) -> float:
     """Mean probability of the likeliest answer, of (M,) log-probabilities per query divided by the temperature."""
     return fmean(float((row / temperature).softmax(-1).max()) for row in logprobs)
+
+
+def tempered(probability: float, temperature: float) -> float:
+    """How sure to sound of an answer whose rivals are not known: p^(1/T) against (1 - p)^(1/T), never surer than p.
+
+    Args:
+        probability: of the whole answer, 0..1.
+        temperature: from 1.
+    """
+    probability = min(probability, 1.0)  # exp of a sum of logs may be a hair above
+    ours, theirs = math.pow(probability, 1 / temperature), math.pow(1 - probability, 1 / temperature)
+    return min(probability, ours / (ours + theirs))
 
 
 def agreement(logprobs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:

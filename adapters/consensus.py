@@ -115,16 +115,15 @@ def keep_unshown(target: Tensor, reference: Tensor, shown: Tensor) -> Tensor:
     rest as the votes say. Without this, labels that nobody asks about fade.
 
     Args:
-        target, reference: (M,) probabilities over one query's answers. shown: (M,) bool.
+        target, reference: (..., L) probabilities over the labels. shown: (L,) bool.
     """
     if bool(shown.all()) or not bool(shown.any()):
         return target
     kept = torch.where(shown, 0.0, reference)
     voted = torch.where(shown, target, 0.0)
-    total = voted.sum()
-    if total <= 0:
-        return reference
-    return kept + voted / total * (1 - kept.sum())
+    total = voted.sum(-1, keepdim=True)
+    mixed = kept + voted / total.clamp(min=1e-12) * (1 - kept.sum(-1, keepdim=True))
+    return torch.where(total > 0, mixed, reference)
 
 
 def common_space(answers: Sequence[Sequence[str]]) -> dict[str, int]:

@@ -39,12 +39,14 @@ class Looks:
     """The looks at one query so far, the first of them at the images as they were sent.
 
     `shares`, where they are known from answering it, are the probabilities of all labels of a closed set in the
-    first look. An open question's answers are the distinct valid ones among rollouts of the first look.
+    first look. An open question's answers are the distinct valid ones among rollouts of the first look. The
+    adapter's `temperature` is in `shares` already; it divides what is found from then on.
     """
 
     query: Query
     sampling: Sampling
     shares: dict[str, float]
+    temperature: float = 1.0
     found: list[Look] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -67,16 +69,17 @@ class Looks:
             Stopped: `stop` was set while answers were drawn.
         """
         if not self.found:
-            return _draw(policy, self.query, self.sampling, stop)
+            drawn = _draw(policy, self.query, self.sampling, stop)
+            return replace(drawn, logprobs=drawn.logprobs / self.temperature)
         view = self._views()[len(self.found)]
         # What is random about a view is the same for every query, so that the same question has the same answer.
         images = tuple(look(view, image, self.query.question, "") for image in self.query.images)
         observation = policy.observe(replace(self.query, images=images))
         if self.query.labels:
             tokens = {label: tuple(policy.family.tokens(label)) for label in self.query.labels}
-            return Look(tokens, policy.likely_labels([observation], self.query.labels)[0])
+            return Look(tokens, policy.likely_labels([observation], self.query.labels)[0] / self.temperature)
         tokens = self.found[0].tokens
-        return Look(tokens, _score(policy, policy.begin(observation), tokens))
+        return Look(tokens, _score(policy, policy.begin(observation), tokens) / self.temperature)
 
     def ranked(self) -> list[tuple[str, float]]:
         """Every answer with its pooled probability, the likeliest first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,6 @@ class Memory:
     max_bytes: int = 1_000_000_000
     temperature: float = 0.5
     _ballots: deque[Ballot] = field(init=False)
-    _information: dict[str, float] | None = field(default=None, init=False)
     _bytes: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -73,7 +73,6 @@ class Memory:
         """Keep a ballot; one of the same query is replaced."""
         self.forget([ballot.query.id])
         self._ballots.append(ballot)
-        self._information = None
         self._bytes += ballot.num_bytes
         while len(self._ballots) > max(1, self.size) or (self._bytes > self.max_bytes and len(self._ballots) > 1):
             self._bytes -= self._ballots.popleft().num_bytes
@@ -85,16 +84,13 @@ class Memory:
         if not gone:
             return
         self._ballots = deque(b for b in self._ballots if b.query.id not in gone)
-        self._information = None
         self._bytes = sum(ballot.num_bytes for ballot in self._ballots)
 
-    def information(self) -> dict[str, float]:
-        """Mutual information per view, over queries that were looked at in all of them; empty before there are."""
-        if self._information is None:
-            self._information = self._measure()
-        return self._information
+    def measure(self) -> dict[str, float]:
+        """What each view is worth: mutual information of images and answers, in nats, over all questions together.
 
-    def _measure(self) -> dict[str, float]:
+        Taken over queries that were looked at in all views; empty before there are enough.
+        """
         kinds: dict[tuple[str, ...], list[Ballot]] = {}
         for ballot in self._ballots:
             if ballot.measured:
@@ -102,43 +98,60 @@ class Memory:
         measured = max(kinds.values(), key=len, default=[])[-MEASURED:]
         if len(measured) < MIN_MEASURED:
             return {}
-        columns = consensus.common_space([ballot.answers for ballot in measured])
-        found = {}
-        for view in measured[0].scores:
-            rows = [_spread(ballot.answers, ballot.scores[view], columns) for ballot in measured]
-            found[view] = consensus.mutual_information(torch.stack(rows).log_softmax(-1))
-        return found
+        columns = _columns(measured)
+        return {
+            view: consensus.mutual_information(
+                _table(measured, columns, [ballot.scores[view] for ballot in measured]).log_softmax(-1)
+            )
+            for view in measured[0].scores
+        }
 
     def lessons(self) -> list[Lesson]:
         """What every ballot teaches, given all the others."""
-        information = self.information()
+        information = self.measure()
+        return [lesson for ballots in self._kinds() for lesson in self._lessons(ballots, information)]
+
+    def dependence(self) -> float | None:
+        """How much the votes depend on the image: mutual information among votes on the same question, in nats.
+
+        None where no question was asked about two images. Votes on different questions differ whatever the images
+        show, so each question counts for itself, by how often it was asked.
+        """
+        information = self.measure()
+        repeated = [ballots for ballots in self._kinds() if len(ballots) > 1]
+        found = [consensus.mutual_information(_pooled(ballots, information)) for ballots in repeated]
+        sizes = [len(ballots) for ballots in repeated]
+        return sum(map(operator.mul, sizes, found)) / sum(sizes) if repeated else None
+
+    def _kinds(self) -> Iterable[list[Ballot]]:
+        """The ballots, by question and labels."""
         kinds: dict[tuple[str, tuple[str, ...]], list[Ballot]] = {}
         for ballot in self._ballots:
             kinds.setdefault((ballot.query.question, ballot.query.labels), []).append(ballot)
-        return [lesson for ballots in kinds.values() for lesson in self._lessons(ballots, information)]
+        return kinds.values()
 
     def _lessons(self, ballots: list[Ballot], information: dict[str, float]) -> list[Lesson]:
         """The lessons of one kind: the same question about different images."""
-        columns = consensus.common_space([ballot.answers for ballot in ballots])
-        votes = [_spread(b.answers, _pool_views(b, information), columns) for b in ballots]
-        logvotes = torch.stack(votes).log_softmax(-1)
+        columns = _columns(ballots)
+        logvotes = _pooled(ballots, information)
+        reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
         closed = bool(ballots[0].query.labels)
         if closed:
             neighbours = consensus.mutual_neighbours(torch.stack([b.embedding for b in ballots]))
             logvotes = ((logvotes + logvotes[neighbours]) / 2).log_softmax(-1)
         if closed and min(len(ballots), len(columns)) >= MIN_BALANCED:
             logvotes = (logvotes - consensus.balance(logvotes)).log_softmax(-1)
-        shown = torch.zeros(len(columns), dtype=torch.bool)
-        shown[logvotes.argmax(-1)] = True
+        targets = (logvotes / self.temperature).softmax(-1)
+        if closed and len(ballots) > 1:  # one query alone says nothing about what the stream shows
+            shown = torch.zeros(len(columns), dtype=torch.bool)
+            shown[logvotes.argmax(-1)] = True
+            targets = consensus.keep_unshown(targets, reference.exp(), shown)
+        divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
+        majorities = logvotes.max(-1).values.exp().tolist()
         lessons = []
-        for ballot, row in zip(ballots, logvotes, strict=True):
-            own = torch.tensor([columns[answer] for answer in ballot.answers])
-            reference = ballot.scores[SAME]
-            target = (row[own] / self.temperature).softmax(-1)
-            if closed:
-                target = consensus.keep_unshown(target, reference.exp(), shown[own])
-            divergence = (target * (target.clamp(min=1e-9).log() - reference)).sum()
-            lessons.append(Lesson(ballot, target, float(row.exp().max()), float(divergence)))
+        for ballot, target, majority, divergence in zip(ballots, targets, majorities, divergences, strict=True):
+            own = target if closed else target[_places(ballot, columns)]
+            lessons.append(Lesson(ballot, own / own.sum(), majority, divergence))
         return lessons
 
 
@@ -153,18 +166,37 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(each)
 
 
-def _pool_views(ballot: Ballot, information: dict[str, float]) -> Tensor:
-    """(M,) the mean log-probability over views, weighted by what each is worth on this stream."""
-    known = {view: information[view] for view in ballot.scores if view in information}
-    weights = consensus.view_weights(known) if len(known) == len(ballot.scores) else None
-    total = torch.zeros(len(ballot.answers))
-    for view, scores in ballot.scores.items():
-        total += scores * (weights[view] if weights else 1 / len(ballot.scores))
-    return total
+def _columns(ballots: Sequence[Ballot]) -> dict[str, int]:
+    """A column for each answer that any of the ballots has."""
+    if len({ballot.answers for ballot in ballots}) == 1:
+        return {answer: column for column, answer in enumerate(ballots[0].answers)}
+    return consensus.common_space([ballot.answers for ballot in ballots])
 
 
-def _spread(answers: Sequence[str], logprobs: Tensor, columns: dict[str, int]) -> Tensor:
-    """(L,) log-probabilities in the common space; answers that the query did not get are very unlikely."""
-    row = torch.full((len(columns),), consensus.FLOOR)
-    row[torch.tensor([columns[answer] for answer in answers])] = logprobs.clamp(min=consensus.FLOOR)
-    return row
+def _places(ballot: Ballot, columns: Mapping[str, int]) -> list[int]:
+    return [columns[answer] for answer in ballot.answers]
+
+
+def _table(ballots: Sequence[Ballot], columns: Mapping[str, int], rows: Sequence[Tensor]) -> Tensor:
+    """(N, L) log-probabilities from one row per ballot; answers that a query did not get are very unlikely."""
+    table = torch.full((len(rows), len(columns)), consensus.FLOOR)
+    if len({ballot.answers for ballot in ballots}) == 1:
+        table = torch.stack(list(rows))
+    else:
+        for index, (ballot, row) in enumerate(zip(ballots, rows, strict=True)):
+            table[index, _places(ballot, columns)] = row
+    return table.clamp(min=consensus.FLOOR)
+
+
+def _pooled(ballots: Sequence[Ballot], information: Mapping[str, float]) -> Tensor:
+    """(N, L) normalised votes: mean log-probability over views, weighted by what each is worth on this stream."""
+    kinds = {tuple(ballot.scores) for ballot in ballots}
+    weights = {views: torch.tensor(_weights(views, information)) for views in kinds}
+    rows = [weights[tuple(b.scores)] @ torch.stack(list(b.scores.values())) for b in ballots]
+    return _table(ballots, _columns(ballots), rows).log_softmax(-1)
+
+
+def _weights(views: Sequence[str], information: Mapping[str, float]) -> list[float]:
+    if any(view not in information for view in views):
+        return [1 / len(views)] * len(views)
+    return list(consensus.view_weights({view: information[view] for view in views}).values())

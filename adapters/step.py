@@ -103,6 +103,7 @@ class Learner:
         self._average = policy.weights(slot)
         self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
         self._asked = 0
+        self._information: dict[str, float] = {}  # nats per view
         self._pending: list[Lesson] = []
 
     @property
@@ -167,7 +168,7 @@ class Learner:
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Never replay some queries again, or any."""
         self.memory.forget(ids)
-        self._pending = self._open(self.memory.lessons())
+        self._pending = self._open(self.memory.lessons(), self.memory.dependence())
 
     def retreat(self, towards: Mapping[str, Tensor]) -> None:
         """Go half of the way back to other weights, and on from there; the optimizer keeps its state."""
@@ -182,10 +183,11 @@ class Learner:
         """Vote on new queries, vote again on the remembered ones, and take steps on a mixture of both."""
         config = self.config
         new = {query.id for query in queries if self._remember(query)}
+        self._information = self.memory.measure()
         lessons = [self._corrected(lesson) for lesson in self.memory.lessons()]
-        information = self.memory.information()
-        open_lessons = self._open(lessons)
-        values = _describe_lessons(lessons, information)
+        dependence = self.memory.dependence()
+        open_lessons = self._open(lessons, dependence)
+        values = _describe_lessons(lessons, dependence)
         share = REPLAYED if queries else 1.0
         wanted = len(new) if queries else config.batch_size
         for _ in range(math.ceil(wanted * config.update_budget * share / config.batch_size)):
@@ -204,11 +206,10 @@ class Learner:
 
     def _remember(self, query: Query) -> bool:
         views = safe_views(query.question)
-        measured = self._asked % MEASURE_EVERY == 0 or not self.memory.information()
+        measured = self._asked % MEASURE_EVERY == 0 or not self._information
         self._asked += 1
         if not measured:
-            information = self.memory.information()
-            known = sorted(views[1:], key=lambda view: -information.get(view, 0.0))
+            known = sorted(views[1:], key=lambda view: -self._information.get(view, 0.0))
             views = views[:1] + known[: self.config.num_views - 1]
         config = self.config
         ballot = cast_ballot(
@@ -230,13 +231,13 @@ class Learner:
         divergence = -float(lesson.ballot.scores[SAME][lesson.ballot.answers.index(truth)])
         return replace(lesson, target=target, majority=1.0, divergence=divergence)
 
-    def _open(self, lessons: list[Lesson]) -> list[Lesson]:
+    def _open(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
         """Lessons that may take part in a step: budget left, and a vote that is not hopeless.
 
         None at all where the answers do not depend on the images, or where the votes say what is answered anyway.
         """
-        config, information = self.config, self.memory.information()
-        if information and max(information.values()) < config.min_information:
+        config = self.config
+        if dependence is not None and dependence < config.min_information:
             return []
         if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
             return []
@@ -284,8 +285,7 @@ class Learner:
         others = [view for view in ballot.observations if view != SAME]
         if not others or torch.rand((), generator=self._generator) < 0.5:
             return SAME
-        known = self.memory.information()
-        weights = view_weights({view: known.get(view, 0.0) for view in others})
+        weights = view_weights({view: self._information.get(view, 0.0) for view in others})
         draw = torch.multinomial(torch.tensor([*weights.values()]), 1, generator=self._generator)
         return others[int(draw)]
 
@@ -363,13 +363,13 @@ def _describe(groups: list[Group]) -> dict[str, float]:
     }
 
 
-def _describe_lessons(lessons: list[Lesson], information: dict[str, float]) -> dict[str, float]:
+def _describe_lessons(lessons: list[Lesson], dependence: float | None) -> dict[str, float]:
     if not lessons:
         return {}
-    return {
+    known = {} if dependence is None else {"information": dependence}
+    return known | {
         "majority": fmean(lesson.majority for lesson in lessons),
         "divergence": fmean(lesson.divergence for lesson in lessons),
         "valid": fmean(lesson.ballot.valid for lesson in lessons),
-        "information": max(information.values(), default=0.0),
         "remembered": float(len(lessons)),
     }

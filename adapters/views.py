@@ -41,6 +41,13 @@ _DETAIL = _pattern(
     many"""
 )
 
+# "respond with only the option letter": how to answer, which says nothing about the image.
+_FORM = re.compile(
+    r"\b(?:answer|respond|reply|provide)\b(?:(?!\b(?:which|what|how|where|who|whose)\b)[^.?!\n]){0,60}?"
+    r"\b(?:letters?|words?|numbers?|digits?)\b",
+    re.IGNORECASE,
+)
+
 
 def _radius(image: Image.Image, share: float) -> float:
     return share * max(image.size)
@@ -96,17 +103,18 @@ _CHANGES: dict[str, tuple[Change, re.Pattern[str] | None]] = {
 
 def safe_views(question: str) -> list[str]:
     """Names of the views that keep the answer to a question; SAME is always the first."""
-    return [name for name, (_, unsafe) in _CHANGES.items() if not (unsafe and unsafe.search(question))]
+    asked = _FORM.sub("", question)
+    return [name for name, (_, unsafe) in _CHANGES.items() if not (unsafe and unsafe.search(asked))]
 
 
 def look(view: str, image: Image.Image, question: str, seed: str) -> Image.Image:
     """One view of an RGB image; `seed` makes what is random about it repeatable."""
     if view == SAME:
         return image
-    rng = random.Random(f"{view} {seed}")
-    if not _PLACE.search(question):
+    rng, asked = random.Random(f"{view} {seed}"), _FORM.sub("", question)
+    if not _PLACE.search(asked):
         image = _move(image, rng)
-    if rng.random() < 0.5 and not _SIDES.search(question):
+    if rng.random() < 0.5 and not _SIDES.search(asked):
         image = ImageOps.mirror(image)
     return _CHANGES[view][0](image, rng)
 

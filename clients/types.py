@@ -210,7 +210,10 @@ class Answer(Result):
 
 
 class VersionInfo(Result):
-    """An immutable version of an adapter, as its manifest describes it."""
+    """An immutable version of an adapter, as its manifest describes it.
+
+    `temperature` divides its log-probabilities before they are shown as confidence.
+    """
 
     version: str
     parent: str | None = None
@@ -223,6 +226,7 @@ class VersionInfo(Result):
     target_modules: list[str] | str
     step_range: tuple[int, int] | None = None
     num_queries: int = 0
+    temperature: float = 1.0
     metrics: dict[str, float] = {}
     gate: dict[str, Any] | None = None
     metadata: dict[str, str] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from servetune.adapters.memory import MIN_MEASURED
 from servetune.adapters.step import FINISHED, LearnerConfig
 from servetune.evals.findings import AnswerFacts, Outlook, Problem, Report, TemplateFacts
 from servetune.server.settings import Settings
@@ -22,14 +23,14 @@ SENTENCES: dict[Outlook, str] = {
 HOPELESS = ("unparsable", "blind")
 
 
-def judge(valid: float, information: float | None, divergence: float, changed: float) -> Outlook:
+def judge(votes: int, valid: float, information: float | None, divergence: float, changed: float) -> Outlook:
     """Has learning anything to gain, by the rules of the default learner? The figures are those of `DataFacts`."""
     config = LearnerConfig()
     if valid < config.min_valid:
         return "unparsable"
-    if information is None:
+    if votes < MIN_MEASURED:
         return "too few"
-    if information < config.min_information:
+    if information is not None and information < config.min_information:
         return "blind"
     if divergence < FINISHED:
         return "settled"

@@ -422,8 +422,8 @@ def _weigh_data(policy: Policy, settings: Settings, name: str, queries: list[Que
         "divergence": _mean(lesson.divergence for lesson in lessons),
         "changed": _mean(map(_votes_otherwise, lessons)),
     }
-    information = max(learner.memory.information().values(), default=None)
-    outlook = judge(information=information, **figures)
+    information = learner.memory.dependence()
+    outlook = judge(len(lessons), information=information, **figures)
     return DataFacts(
         name=name,
         asked=len(queries),

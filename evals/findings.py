@@ -105,8 +105,9 @@ class DataFacts(BaseModel):
     """Whether learning has anything to gain on the operator's own queries; their answers were not read.
 
     `valid`: share of the rollouts. `entropy`: mean over queries of the answers' entropy in nats. `information`:
-    nats that answers in the most telling view have about the images, None for too few queries. `divergence`: mean
-    nats between votes and answers. `changed`: share of the queries on which the votes give another answer.
+    nats that votes on the same question have about the images, None where no question was asked about two images.
+    `divergence`: mean nats between votes and answers. `changed`: share of the queries on which the votes give
+    another answer.
     """
 
     name: str

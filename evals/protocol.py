@@ -19,6 +19,7 @@ import torch
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.calibration import tempered
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
@@ -125,7 +126,7 @@ class Scorer:
         sample = tree.sample(family, self._policy.begin(seen), 1, self._max_tokens, temperature=0.0)[0]
         answer = canonical(family.text(sample.tokens)) if sample.finished else ""
         right = bool(answer) and answer == canonical(item.truth or "")
-        return Reply(right, math.exp(sample.logprob / temperature), float(bool(answer)))
+        return Reply(right, tempered(math.exp(sample.logprob), temperature), float(bool(answer)))
 
 
 def run(

@@ -269,6 +269,7 @@ def _version_info(made: Manifest) -> VersionInfo:
         target_modules=made.target_modules,
         step_range=made.step_range,
         num_queries=len(made.query_ids),
+        temperature=made.temperature,
         metrics=made.metrics,
         gate=made.gate,
         metadata=made.metadata,

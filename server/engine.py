@@ -25,6 +25,7 @@ from torch import Tensor
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.calibration import tempered
 from servetune.adapters.family import Prefix
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
@@ -97,6 +98,7 @@ class Engine:
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
         self._digests = {BASE: store.manifest(BASE).digest}
+        self._temperatures = {BASE: 1.0}  # of each version's confidence
         self._policy = policy
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
@@ -160,7 +162,7 @@ class Engine:
             )
             found, input_tokens, inference_s = await self._on_thread(version, self._answer, query, whole)
             if deadline is not None:
-                looks = Looks(query, sampling, dict(found.candidates))
+                looks = Looks(query, sampling, dict(found.candidates), self._temperatures[version])
                 inference_s += await self._look_again(version, looks, deadline, inference_s)
                 found = _pooled(found, looks, sampling)
         return Outcome(
@@ -213,11 +215,14 @@ class Engine:
     async def _on_thread(
         self,
         version: int,
-        work: Callable[Concatenate[str | None, threading.Event, P], T],
+        work: Callable[Concatenate[str | None, float, threading.Event, P], T],
         *given: P.args,
         **named: P.kwargs,
     ) -> T:
-        """Run work with the slot of a version, at the end of the queue. Raises QueueFull, CorruptVersion."""
+        """Run work with the slot and the temperature of a version, at the end of the queue.
+
+        Raises QueueFull, CorruptVersion.
+        """
         if self._waiting >= self._settings.queue_size:
             raise QueueFull
         stop = threading.Event()
@@ -226,7 +231,8 @@ class Engine:
         try:
             await self._make_resident(version)
             # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
-            job = self._thread.submit(work, self._slots.get(version), stop, *given, **named)
+            slot, temperature = self._slots.get(version), self._temperatures[version]
+            job = self._thread.submit(work, slot, temperature, stop, *given, **named)
         except BaseException:
             self._release(version)
             raise
@@ -246,28 +252,30 @@ class Engine:
 
     @torch.no_grad()
     def _answer(
-        self, slot: str | None, stop: threading.Event, query: Query, sampling: Sampling
+        self, slot: str | None, temperature: float, stop: threading.Event, query: Query, sampling: Sampling
     ) -> tuple[_Found, int, float]:
         began = time.perf_counter()
         self._policy.use(slot)
         observation = self._policy.observe(query)
         prefix = self._policy.begin(observation)
         if query.labels:
-            found = self._choose(prefix, query.labels, sampling.top_k)
+            found = self._choose(prefix, query.labels, sampling.top_k, temperature)
         elif sampling.n > 1:
             found = self._vote(prefix, sampling, stop)
         else:
-            found = self._speak(prefix, sampling, stop)
+            found = self._speak(prefix, sampling, temperature, stop)
         return found, observation.prompt.length, time.perf_counter() - began
 
-    def _look(self, slot: str | None, stop: threading.Event, looks: Looks) -> tuple[Look, float]:
+    def _look(
+        self, slot: str | None, temperature: float, stop: threading.Event, looks: Looks
+    ) -> tuple[Look, float]:
         began = time.perf_counter()
         self._policy.use(slot)
         return looks.take(self._policy, stop), time.perf_counter() - began
 
-    def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int) -> _Found:
+    def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int, temperature: float) -> _Found:
         logprobs = self._policy.label_logprobs(prefix, labels)
-        shares = logprobs.softmax(-1)
+        shares = (logprobs / temperature).softmax(-1)
         best = shares.topk(min(top_k, len(labels)))
         ranked = [(labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         firsts = {self._policy.family.tokens(label)[0] for label in labels}
@@ -282,15 +290,15 @@ class Engine:
             entropy=_entropy(shares.tolist()),
         )
 
-    def _speak(self, prefix: Prefix, sampling: Sampling, stop: threading.Event) -> _Found:
+    def _speak(self, prefix: Prefix, sampling: Sampling, temperature: float, stop: threading.Event) -> _Found:
         family = self._policy.family
         chosen = tree.sample(
             family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), stop
         )[0]
-        scores = {family.text(chosen.tokens): math.exp(chosen.logprob)}
+        scores = {family.text(chosen.tokens): tempered(math.exp(chosen.logprob), temperature)}
         if sampling.top_k > 1:
             for other in tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, stop):
-                scores.setdefault(family.text(other.tokens), math.exp(other.logprob))
+                scores.setdefault(family.text(other.tokens), tempered(math.exp(other.logprob), temperature))
         text = family.text(chosen.tokens)
         ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
         return _Found(
@@ -370,6 +378,7 @@ class Engine:
             await self._run(lambda: self._load(slot, weights, manifest.probe, version))
             self._slots[version] = slot
             self._digests[version] = manifest.digest
+            self._temperatures[version] = manifest.temperature
 
     def _free_slot(self) -> str:
         used = set(self._slots.values())

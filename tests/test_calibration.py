@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from servetune.adapters.calibration import MAX_TEMPERATURE, agreement, confidence, fit_temperature
+from servetune.adapters.calibration import MAX_TEMPERATURE, agreement, confidence, fit_temperature, tempered
 
 
 def rows(scale: float, seed: int = 0, num: int = 40) -> list[Tensor]:
@@ -46,3 +46,15 @@ def test_a_surer_adapter_is_cooled_to_what_is_allowed(seed: int, gain: float) ->
 def test_what_no_temperature_can_mend_stops_at_the_highest() -> None:
     certain = [torch.tensor([1.0, 0, 0, 0, 0, 0]).mul(60).log_softmax(-1)] * 20
     assert fit_temperature(certain, rows(0.1), 0.0) == MAX_TEMPERATURE
+
+
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(1, MAX_TEMPERATURE))
+def test_a_tempered_answer_is_never_surer_and_keeps_its_rank(one: float, other: float, temperature: float) -> None:
+    assert tempered(one, 1.0) == pytest.approx(one)
+    assert 0 <= tempered(one, temperature) <= one
+    low, high = sorted((one, other))
+    assert tempered(low, temperature) <= tempered(high, temperature) + 1e-12
+
+
+def test_rounding_above_one_is_one() -> None:
+    assert tempered(1 + 1e-9, 2.0) == 1.0

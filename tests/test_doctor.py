@@ -180,20 +180,21 @@ def test_a_processor_that_cannot_render_is_no_proof(family: Family, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("valid", "information", "divergence", "changed", "outlook"),
+    ("votes", "valid", "information", "divergence", "changed", "outlook"),
     [
-        (0.3, 2.0, 1.0, 0.5, "unparsable"),
-        (1.0, None, 1.0, 0.5, "too few"),
-        (1.0, 0.05, 1.0, 0.5, "blind"),
-        (1.0, 2.0, 0.01, 0.0, "settled"),
-        (1.0, 2.0, 0.30, 0.0, "surer"),
-        (1.0, 2.0, 0.30, 0.25, "promising"),
+        (64, 0.3, 2.0, 1.0, 0.5, "unparsable"),
+        (7, 1.0, 2.0, 1.0, 0.5, "too few"),
+        (64, 1.0, 0.05, 1.0, 0.5, "blind"),
+        (64, 1.0, 2.0, 0.01, 0.0, "settled"),
+        (64, 1.0, 2.0, 0.30, 0.0, "surer"),
+        (64, 1.0, 2.0, 0.30, 0.25, "promising"),
+        (64, 1.0, None, 0.30, 0.25, "promising"),
     ],
 )
 def test_the_outlook_follows_the_rules_of_the_learner(
-    valid: float, information: float | None, divergence: float, changed: float, outlook: Outlook
+    votes: int, valid: float, information: float | None, divergence: float, changed: float, outlook: Outlook
 ) -> None:
-    assert judge(valid, information, divergence, changed) == outlook
+    assert judge(votes, valid, information, divergence, changed) == outlook
     assert "{" not in SENTENCES[outlook].format(valid=valid, changed=changed)
 
 

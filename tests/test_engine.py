@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from servetune.adapters import tree
+from servetune.adapters.calibration import tempered
 from servetune.adapters.family import Family
 from servetune.adapters.looks import NUM_ROLLOUTS, Look, Looks
 from servetune.adapters.policy import LoraSpec, Policy
-from servetune.adapters.store import AdapterStore, Draft, UnknownVersion
+from servetune.adapters.store import AdapterStore, Draft, UnknownVersion, version_name
 from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.views import safe_views
@@ -47,7 +48,13 @@ async def engine(policy: Policy, store: AdapterStore, tmp_path: Path) -> AsyncIt
     await made.stop()
 
 
-def publish(policy: Policy, store: AdapterStore, seed: int, probe: tuple[float, ...] | None = None) -> int:
+def publish(
+    policy: Policy,
+    store: AdapterStore,
+    seed: int,
+    probe: tuple[float, ...] | None = None,
+    temperature: float = 1.0,
+) -> int:
     """A version whose probe was made by a second policy, as the worker does."""
     maker = Policy(Family.load(policy.family.source), LoraSpec(4, 8), ("candidate",))
     weights = maker.zero_weights()
@@ -56,7 +63,8 @@ def publish(policy: Policy, store: AdapterStore, seed: int, probe: tuple[float, 
         if ".lora_B." in key:
             value.normal_(std=0.5, generator=generator)
     maker.load("candidate", weights)
-    return store.publish(Draft(weights, "worker", 0, probe or maker.probe())).version
+    draft = Draft(weights, "worker", 0, probe or maker.probe(), temperature=temperature)
+    return store.publish(draft).version
 
 
 def scores(outcome: Outcome) -> dict[str, float]:
@@ -84,6 +92,25 @@ async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
     voted = await engine.answer(query(), Sampling(n=12, temperature=1.0), "live")
     assert voted.text == "3 dogs"
     assert voted.votes == {"3 dogs": pytest.approx(7 / 12), "The cat": pytest.approx(5 / 12)}
+
+
+@pytest.mark.parametrize("asked", [query(labels=LABELS), query()])
+async def test_a_version_sounds_as_sure_as_its_temperature_lets_it(
+    engine: Engine, policy: Policy, store: AdapterStore, asked: Query
+) -> None:
+    plain, calm = publish(policy, store, 1), publish(policy, store, 1, temperature=3.0)
+    sampling = Sampling(max_tokens=4, top_k=3)
+    one = await engine.answer(asked, sampling, version_name(plain))
+    other = await engine.answer(asked, sampling, version_name(calm))
+    assert one.text == other.text
+    if asked.labels:
+        assert (other.confidence or 1) < (one.confidence or 0)
+        looked = await engine.answer(asked, sampling, version_name(plain), soon())
+        calmer = await engine.answer(asked, sampling, version_name(calm), soon())
+        assert calmer.views == looked.views > 1
+        assert (calmer.confidence or 1) < (looked.confidence or 0)
+    else:
+        assert other.confidence == pytest.approx(tempered(one.confidence or 0, 3.0))
 
 
 async def test_open_answers(engine: Engine) -> None:

@@ -42,7 +42,7 @@ def test_views_are_pooled_by_what_they_tell() -> None:
         clear = [0.1, 0.1]
         clear[right] = 0.9
         memory.add(ballot(number, {SAME: [0.55, 0.45], "blur": [c / sum(clear) for c in clear]}, spread(number)))
-    information = memory.information()
+    information = memory.measure()
     assert information["blur"] > 0.3 > information[SAME]
     for lesson in memory.lessons():
         assert int(lesson.target.argmax()) == int(lesson.ballot.query.id[1:]) % 2
@@ -66,6 +66,25 @@ def test_a_label_nobody_was_given_keeps_its_probability() -> None:
         memory.add(ballot(number, {SAME: row}, spread(number)))
     for lesson in memory.lessons():
         assert float(lesson.target[7]) == pytest.approx(0.18, abs=1e-3)
+
+
+def test_a_question_asked_once_teaches_what_its_views_say() -> None:
+    memory = Memory()
+    memory.add(ballot(0, {SAME: [0.4, 0.6], "moved": [0.9, 0.1]}, spread(0)))
+    lesson = memory.lessons()[0]
+    assert lesson.target[0] > 0.6
+    assert memory.dependence() is None
+
+
+def test_different_questions_do_not_pass_for_different_images() -> None:
+    """Blank pictures, two questions: each has its own answer, whatever the picture shows."""
+    memory = Memory()
+    for number in range(16):
+        one = ballot(number, {SAME: [0.9, 0.1]}, spread(number))
+        answers = ("yes", "no") if number % 2 else ("red", "blue")
+        asked = replace(one.query, question=" or ".join(answers), labels=())
+        memory.add(replace(one, query=asked, answers=answers))
+    assert memory.dependence() == pytest.approx(0, abs=1e-6)
 
 
 def test_a_query_is_remembered_once_and_can_be_forgotten() -> None:
@@ -161,7 +180,9 @@ def test_answers_that_do_not_depend_on_the_image_change_nothing(policy: Policy) 
     before = learner.state()
     for start in (0, 12):
         learner.step([Query(f"q{n}", (blank,), "what is this?", LABELS) for n in range(start, start + 12)], 0)
-    assert learner.memory.information()
+    dependence = learner.memory.dependence()
+    assert dependence is not None
+    assert dependence < CONFIG.min_information
     assert (learner.steps, learner.unfinished) == (0, False)
     assert all(torch.equal(before[0][key], learner.state()[0][key]) for key in before[0])
 

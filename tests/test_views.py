@@ -46,3 +46,24 @@ def test_nothing_is_cut_off_where_things_are_counted() -> None:
 
 def test_light_stays_where_the_question_is_about_light() -> None:
     assert not {"bright", "contrast", "other light"} & set(safe_views("Is the picture dark?"))
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        "Choose from the options below and respond with only the corresponding option letter (A, B, C, or D).",
+        "Hint: Please answer the question and provide the correct option letter, e.g., A, B, C, D, at the end.",
+        "Answer the question using a single word or phrase.",
+    ],
+)
+def test_how_to_answer_is_no_part_of_the_question(form: str) -> None:
+    assert safe_views(f"What animal is it? {form}") == safe_views("What animal is it?")
+    assert mirrored(f"What animal is it? {form}")
+    assert not mirrored(f"Which side is it on? {form}")
+
+
+@pytest.mark.parametrize(
+    "question", ["Which letter is written here?", "Answer: how many words does the sign have?"]
+)
+def test_letters_in_the_image_are_part_of_it(question: str) -> None:
+    assert not mirrored(question)
