@@ -17,7 +17,7 @@ def confidence(logprobs: Sequence[Tensor], temperature: float = 1.0) -> float:
 
 
 def tempered(probability: float, temperature: float) -> float:
-    """How sure to sound of an answer whose rivals are not known: p^(1/T) against (1 - p)^(1/T), never surer than p.
+    """How sure to sound of an answer without known rivals: p^(1/T) against (1 - p)^(1/T), never surer than p.
 
     Args:
         probability: of the whole answer, 0..1.
