@@ -261,12 +261,16 @@ class AdapterStore:
             self._verified(version, WEIGHTS)
             return self._move_live(version, expected_generation)
 
-    def rollback(self, to: int | None = None) -> Alias:
-        """Move `live` back to an existing version, by default to `last-good`."""
+    def rollback(self, to: int | None = None, expected_generation: int | None = None) -> Alias:
+        """Move `live` back to an existing version, by default to `last-good`.
+
+        Raises:
+            UnknownVersion, CorruptVersion, AliasMoved: as `promote`.
+        """
         with self._lock():
             target = self.aliases()["last-good"] if to is None else to
             self._verified(target, WEIGHTS)
-            return self._move_live(target, None, keep_last_good=True)
+            return self._move_live(target, expected_generation, keep_last_good=True)
 
     def snapshot(self, label: str, metadata: dict[str, str] | None = None) -> Manifest:
         """Keep the live weights as a labelled version, with an alias of that label.
@@ -285,12 +289,25 @@ class AdapterStore:
             self._write_aliases(content)
             return made
 
-    def reset(self, to: int = BASE) -> Manifest:
-        """Publish the weights of `to` (default: the zero adapter) as a new version and make it live."""
+    def reset(self, to: int = BASE, expected_generation: int | None = None) -> Manifest:
+        """Publish the weights of `to` (default: the zero adapter) as a new version and make it live.
+
+        Raises:
+            UnknownVersion, CorruptVersion, AliasMoved: as `promote`.
+        """
         with self._lock():
+            self._expect(expected_generation)
             made = self._copy(to, "reset", None, {})
             self._move_live(made.version, None)
             return made
+
+    def num_learned(self) -> int:
+        """Queries that the live version has learned from since it last was the base."""
+        number, version = 0, self.live().version
+        while (made := self.manifest(version)).origin not in ("base", "reset") and made.parent is not None:
+            number += len(made.query_ids) if made.origin == "worker" else 0
+            version = made.parent
+        return number
 
     def set_paused(self, paused: bool) -> None:
         """Switch learning off or on; kept on disk, so it outlives every process."""
@@ -385,9 +402,8 @@ class AdapterStore:
         _sync(self.folder)
 
     def _move_live(self, version: int, expected: int | None, keep_last_good: bool = False) -> Alias:
+        self._expect(expected)
         content = self._read_aliases()
-        if expected is not None and content["generation"] != expected:
-            raise AliasMoved(f"live is at generation {content['generation']}, not {expected}")
         before = content["aliases"]["live"]
         if before != version and not keep_last_good:
             content["aliases"]["last-good"] = before
@@ -397,6 +413,11 @@ class AdapterStore:
             content["promoted"].append(version)
         self._write_aliases(content)
         return Alias(version, content["generation"])
+
+    def _expect(self, generation: int | None) -> None:
+        found = self._read_aliases()["generation"]
+        if generation not in (None, found):
+            raise AliasMoved(f"live is at generation {found}, not {generation}")
 
     def _read_aliases(self) -> dict[str, Any]:
         try:

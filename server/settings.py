@@ -76,6 +76,9 @@ class Settings(BaseSettings):
     max_answer_tokens: int = Field(32, ge=1, le=1024)
     queries_per_step: int = Field(16, ge=1)
     steps_per_candidate: int = Field(8, ge=1)
+    reset_after_queries: int | None = Field(
+        None, ge=1, description="back to the base after so many learned queries; default: never"
+    )
     flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
     lease_s: float = Field(30.0, gt=1)
     max_deliveries: int = Field(5, ge=1)

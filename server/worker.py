@@ -18,6 +18,7 @@ from dataclasses import asdict
 import structlog
 
 from servetune.adapters.gate import Gate
+from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore, Alias, AliasMoved, Draft, StoreError, version_name
@@ -171,13 +172,15 @@ class Worker:
 
     def _conclude(self) -> None:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
-        verdict = self._judge()
+        witnesses = self.learner.witnesses()
+        verdict = self._judge(witnesses)
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
         if not verdict.accepted:
             log.warning("candidate_rejected", reasons=verdict.reasons)
             self.learner.forget(d.query.id for d in self._held)
             self._settle(self._held, "rejected")
             self._give_back()
+            self._review(witnesses)
             return
         if len(self._stream.renew(self._held)) < len(self._held):
             log.info("candidate_withdrawn")  # it learned from a query that was erased or is someone else's now
@@ -194,10 +197,10 @@ class Worker:
         self._settle(self._held, "trained")
         self._held = []
         self._first_step = self.learner.steps
+        self._reset_when_due()
 
-    def _judge(self) -> Verdict:
+    def _judge(self, witnesses: Sequence[Lesson]) -> Verdict:
         """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly."""
-        witnesses = self.learner.witnesses()
         self.learner.propose()
         verdict = self._gate.judge(witnesses)
         for _ in range(RETREATS):
@@ -233,6 +236,34 @@ class Worker:
         self._live = self._store.promote(version, expected_generation=generation)
         self._audit.append("adapter_promoted", "worker", None, {"version": version_name(version)})
         log.info("published", version=version_name(version))
+
+    def _review(self, witnesses: Sequence[Lesson]) -> None:
+        """After a refusal: does what is live still pass? Images change, and what was learned may not fit them."""
+        verdict = self._gate.judge(witnesses)  # the candidate is what is live
+        if verdict.accepted or self._live.version == BASE:
+            return
+        target = self._store.aliases()["last-good"]
+        self.learner.load(self._store.weights(target), {})
+        if target == self._live.version or not self._gate.judge(witnesses).accepted:
+            target = BASE
+        with suppress(AliasMoved):  # the operator's act wins
+            self._store.rollback(target, self._live.generation)
+            details = {"to": version_name(target), "reasons": list(verdict.reasons)}
+            self._audit.append("adapter_rolled_back", "worker", None, details)
+            log.warning("rolled_back", version=version_name(target), reasons=verdict.reasons)
+        self._live = self._follow()
+
+    def _reset_when_due(self) -> None:
+        """Start from the base again after so many queries, where the settings say so."""
+        due = self._settings.reset_after_queries
+        if due is None or self._store.num_learned() < due:
+            return
+        with suppress(AliasMoved):
+            made = self._store.reset(expected_generation=self._live.generation)
+            self._audit.append("adapter_reset", "worker", None, {"version": version_name(made.version)})
+            log.info("reset", version=version_name(made.version))
+            self.learner.forget()
+        self._live = self._follow()
 
     def _finish_promotion(self) -> None:
         """Promote what was published for the present `live` when a crash or a full disk came between."""

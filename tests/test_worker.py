@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from servetune.adapters.gate import Gate
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
+from servetune.adapters.types import Verdict
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import LEDGER, OUTCOMES, QueryStream
 from servetune.server.settings import Settings
@@ -47,7 +49,7 @@ def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
     return Settings(
         home=tmp_path,
-        adapter=request.node.name.replace("_", "-")[:60].strip("-"),
+        adapter="".join(c if c.isalnum() else "-" for c in request.node.name)[:63].strip("-"),
         max_answer_tokens=4,
         queries_per_step=BATCH,
         steps_per_candidate=1,
@@ -134,6 +136,57 @@ async def test_a_refused_candidate_leaves_everything_as_it_was(
     moved = policy.probe()
     policy.use(None)
     assert moved == pytest.approx(policy.probe(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "live"),
+    [([False, True], 2), ([False, False, True], 1), ([False, False, False], 0)],
+    ids=["live", "last-good", "neither"],
+)
+async def test_what_no_longer_passes_is_rolled_back(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+    verdicts: list[bool],
+    live: int,
+) -> None:
+    """Verdicts on the third candidate, on what is live, and on last-good."""
+    await ask(settings, valkey.url, 3 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+        worker.turn()
+        assert (store.live().version, store.aliases()["last-good"]) == (2, 1)
+        judged = []
+
+        def judge(self: Gate, *_: Any) -> Verdict:
+            judged.append(self.policy.weights("candidate"))
+            passed = verdicts[len(judged) - 1]
+            return Verdict(passed, () if passed else ("worse 1 is above 0",), {})
+
+        monkeypatch.setattr(Gate, "judge", judge)
+        worker.turn()
+    assert store.live().version == live
+    assert len(judged) == len(verdicts)
+    for version, weights in zip((2, 1), judged[1:], strict=False):
+        assert all(torch.equal(weights[key], value) for key, value in store.weights(version).items())
+    events = [entry.event for entry in AuditLog(settings.path("audit.jsonl")).page()[0]]
+    assert events.count("adapter_rolled_back") == (live != 2)
+
+
+async def test_a_reset_is_due_after_so_many_queries(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url, 4 * BATCH)
+    tired = settings.model_copy(update={"reset_after_queries": 2 * BATCH})
+    with at_work(tired, policy, store, valkey.url) as worker:
+        for _ in range(4):
+            worker.turn()
+    origins = [store.manifest(version).origin for version in store.versions()]
+    assert origins == ["base", "worker", "worker", "reset", "worker", "worker", "reset"]
+    assert store.num_learned() == 0
+    assert await ledger(settings, valkey.url) == {"trained": 4 * BATCH}
 
 
 async def test_what_the_operator_does_meanwhile_wins(
