@@ -28,9 +28,9 @@ def tempered(probability: float, temperature: float) -> float:
     return min(probability, ours / (ours + theirs))
 
 
-def agreement(logprobs: Sequence[Tensor], targets: Sequence[Tensor]) -> float:
-    """Share of queries whose likeliest answer is the voted one."""
-    return fmean(float(row.argmax() == target.argmax()) for row, target in zip(logprobs, targets, strict=True))
+def expected_accuracy(logprobs: Sequence[Tensor], votes: Sequence[Tensor]) -> float:
+    """Mean vote for the likeliest answer of (M,) log-probabilities per query: accuracy, if votes are honest."""
+    return fmean(float(vote[row.argmax()]) for row, vote in zip(logprobs, votes, strict=True))
 
 
 def fit_temperature(ours: Sequence[Tensor], base: Sequence[Tensor], gain: float) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
-from servetune.adapters.calibration import agreement, confidence, fit_temperature
+from servetune.adapters.calibration import confidence, expected_accuracy, fit_temperature
 from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.types import Query, Verdict
@@ -42,7 +42,7 @@ class Limits:
     `max_surer`: mean confidence on them that neither the votes nor the version's temperature account for.
     """
 
-    max_kl_base: float = 1.0
+    max_kl_base: float = 2.0
     max_kl_step: float = 0.3
     min_valid: float = 0.9
     min_distinct: float = 0.6
@@ -158,7 +158,8 @@ class Gate:
         targets = [w.target[each] / w.target[each].sum() for w, each in zip(witnesses, chosen, strict=True)]
         base = [w.ballot.scores[SAME][each] for w, each in zip(witnesses, chosen, strict=True)]
         ours, live = (self._answers(slot, witnesses, chosen) for slot in (self.candidate, self.live))
-        gain = agreement(ours, targets) - agreement(base, targets)
+        votes = [witness.vote[each] for witness, each in zip(witnesses, chosen, strict=True)]
+        gain = expected_accuracy(ours, votes) - expected_accuracy(base, votes)
         temperature = fit_temperature(ours, base, gain)
         return {
             "witness_base": _distance(targets, base) - _distance(targets, ours),

@@ -35,6 +35,11 @@ class Ballot:
     measured: bool  # looked at in all views
     witness: bool = False  # votes, but is never learned from: the gate asks it
     updates: int = 0
+    rounds: int = 1  # of voting
+    votes: dict[str, Tensor] = field(default_factory=dict)  # as scores; in the first round those
+
+    def __post_init__(self) -> None:
+        self.votes = self.votes or self.scores
 
     @property
     def num_bytes(self) -> int:
@@ -45,12 +50,17 @@ class Ballot:
 
 @dataclass(frozen=True, slots=True)
 class Lesson:
-    """What a ballot teaches: probabilities over its answers, and how sure the vote was."""
+    """What a ballot teaches: the vote as probabilities of its answers, and what is made of it to learn from."""
 
     ballot: Ballot
-    target: Tensor  # (M,)
-    majority: float
-    divergence: float  # KL(vote || reference on the image as it was sent), nats
+    vote: Tensor  # (M,)
+    target: Tensor  # (M,), sharpened
+    divergence: float  # KL(target || reference on the image as it was sent), nats
+
+    @property
+    def majority(self) -> float:
+        """Share of the answer with the most votes."""
+        return float(self.vote.max())
 
 
 @dataclass(slots=True)
@@ -147,11 +157,10 @@ class Memory:
             shown[logvotes.argmax(-1)] = True
             targets = consensus.keep_unshown(targets, reference.exp(), shown)
         divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
-        majorities = logvotes.max(-1).values.exp().tolist()
         lessons = []
-        for ballot, target, majority, divergence in zip(ballots, targets, majorities, divergences, strict=True):
-            own = target if closed else target[_places(ballot, columns)]
-            lessons.append(Lesson(ballot, own / own.sum(), majority, divergence))
+        for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
+            own = slice(None) if closed else _places(ballot, columns)
+            lessons.append(Lesson(ballot, vote[own], target[own] / target[own].sum(), divergence))
         return lessons
 
 
@@ -190,9 +199,9 @@ def _table(ballots: Sequence[Ballot], columns: Mapping[str, int], rows: Sequence
 
 def _pooled(ballots: Sequence[Ballot], information: Mapping[str, float]) -> Tensor:
     """(N, L) normalised votes: mean log-probability over views, weighted by what each is worth on this stream."""
-    kinds = {tuple(ballot.scores) for ballot in ballots}
+    kinds = {tuple(ballot.votes) for ballot in ballots}
     weights = {views: torch.tensor(_weights(views, information)) for views in kinds}
-    rows = [weights[tuple(b.scores)] @ torch.stack(list(b.scores.values())) for b in ballots]
+    rows = [weights[tuple(b.votes)] @ torch.stack(list(b.votes.values())) for b in ballots]
     return _table(ballots, _columns(ballots), rows).log_softmax(-1)
 
 

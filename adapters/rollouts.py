@@ -103,6 +103,19 @@ def cast_ballot(
     )
 
 
+@torch.no_grad()
+def vote_again(policy: Policy, ballot: Ballot, views: Sequence[str]) -> None:
+    """Another round for a ballot, in some views: the active adapter counts half, the reference the other half."""
+    observations = [ballot.observations[view] for view in views]
+    if ballot.query.labels:
+        scored = policy.likely_labels(observations, ballot.answers)
+    else:
+        scored = torch.stack(policy.score_each(observations, [ballot.tokens] * len(observations))).cpu()
+    mixed = (torch.stack([ballot.scores[view] for view in views]) + scored.log_softmax(-1)) / 2
+    ballot.votes = dict(zip(views, mixed.log_softmax(-1), strict=True))
+    ballot.rounds += 1
+
+
 def _draw(
     policy: Policy, observations: Sequence[Observation], num: int, max_tokens: int, generator: torch.Generator
 ) -> tuple[dict[str, tuple[int, ...]], float]:

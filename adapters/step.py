@@ -17,7 +17,7 @@ from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
 from servetune.adapters.memory import Ballot, Lesson, Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rewards import REWARDS, confidence_weight
-from servetune.adapters.rollouts import Group, cast_ballot, roll_out
+from servetune.adapters.rollouts import Group, cast_ballot, roll_out, vote_again
 from servetune.adapters.types import Query, StepMetrics
 from servetune.adapters.views import SAME, safe_views
 
@@ -26,6 +26,7 @@ NUM_WITNESSES = 64  # as many of them are asked
 MEASURE_EVERY = 4  # every so many queries all views are tried, to know what each is worth
 REPLAYED = 0.5  # share of the update budget that is spent as queries come; the rest when nothing waits
 FINISHED = 0.02  # mean nats between votes and answers below which there is nothing to learn
+REVOTED = 16  # queries that are voted on again in one go
 MAX_TAUGHT = 12  # answers of one query that take part in a step
 
 
@@ -35,7 +36,8 @@ class LearnerConfig:
 
     `consensus` votes over views, neighbours and the stream (`memory`): `num_views` looks at each query,
     `batch_size` queries in a gradient step, each query in `update_budget` steps at most, replayed from the last
-    `memory_size`. Nothing is learned from answers with less than `min_information` nats about the images.
+    `memory_size`. When nothing waits, what has been learned votes as well, in `rounds` - 1 further rounds of half
+    the budget. Nothing is learned from answers with less than `min_information` nats about the images.
     `average` is the decay per step of the moving average of the weights, which is what is published.
     The other rewards are those of one group of rollouts.
 
@@ -61,6 +63,7 @@ class LearnerConfig:
     num_views: int = 8
     batch_size: int = 16
     update_budget: int = 6
+    rounds: int = 3
     memory_size: int = 1024
     min_information: float = 0.1
     average: float = 0.9
@@ -104,12 +107,12 @@ class Learner:
         self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
         self._asked = 0
         self._information: dict[str, float] = {}  # nats per view
-        self._pending: list[Lesson] = []
+        self._unfinished = False
 
     @property
     def unfinished(self) -> bool:
         """Whether remembered queries may still take part in steps."""
-        return bool(self._pending)
+        return self._unfinished
 
     def step(self, queries: Sequence[Query], version: int) -> tuple[StepMetrics, list[Query]]:
         """Learn from a batch; from what is remembered when it is empty.
@@ -168,7 +171,7 @@ class Learner:
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Never replay some queries again, or any."""
         self.memory.forget(ids)
-        self._pending = self._open(self.memory.lessons(), self.memory.dependence())
+        self._replan(self._useful(self.memory.lessons(), self.memory.dependence()))
 
     def retreat(self, towards: Mapping[str, Tensor]) -> None:
         """Go half of the way back to other weights, and on from there; the optimizer keeps its state."""
@@ -186,20 +189,22 @@ class Learner:
         self._information = self.memory.measure()
         lessons = [self._corrected(lesson) for lesson in self.memory.lessons()]
         dependence = self.memory.dependence()
-        open_lessons = self._open(lessons, dependence)
         values = _describe_lessons(lessons, dependence)
-        share = REPLAYED if queries else 1.0
-        wanted = len(new) if queries else config.batch_size
-        for _ in range(math.ceil(wanted * config.update_budget * share / config.batch_size)):
-            if not open_lessons:
-                break
-            order = torch.randperm(len(open_lessons), generator=self._generator)[: config.batch_size]
-            batch = [open_lessons[index] for index in order.tolist()]
-            values |= self._update_lessons(batch)
-            for lesson in batch:
-                lesson.ballot.updates += 1
-            open_lessons = [each for each in open_lessons if each.ballot.updates < config.update_budget]
-        self._pending = open_lessons
+        useful = self._useful(lessons, dependence)
+        if not queries and (due := self._due(useful)):
+            self._vote_again(due[:REVOTED])
+        else:
+            share = REPLAYED if queries else 1.0
+            wanted = len(new) if queries else config.batch_size
+            for _ in range(math.ceil(wanted * config.update_budget * share / config.batch_size)):
+                if not (open_lessons := self._open(useful)):
+                    break
+                order = torch.randperm(len(open_lessons), generator=self._generator)[: config.batch_size]
+                batch = [open_lessons[index] for index in order.tolist()]
+                values |= self._update_lessons(batch)
+                for lesson in batch:
+                    lesson.ballot.updates += 1
+        self._replan(useful)
         # Whatever is remembered has a say in what the others teach, so it counts as learned from.
         taught = [query for query in queries if query.id in new]
         return StepMetrics(len(queries), len(taught), values), taught
@@ -229,10 +234,10 @@ class Learner:
         target = torch.zeros(len(lesson.target))
         target[lesson.ballot.answers.index(truth)] = 1.0
         divergence = -float(lesson.ballot.scores[SAME][lesson.ballot.answers.index(truth)])
-        return replace(lesson, target=target, majority=1.0, divergence=divergence)
+        return replace(lesson, vote=target, target=target, divergence=divergence)
 
-    def _open(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
-        """Lessons that may take part in a step: budget left, and a vote that is not hopeless.
+    def _useful(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
+        """Lessons that may be learned from: no witnesses, and a vote that is not hopeless.
 
         None at all where the answers do not depend on the images, or where the votes say what is answered anyway.
         """
@@ -241,13 +246,31 @@ class Learner:
             return []
         if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
             return []
-        return [
-            lesson
-            for lesson in lessons
-            if not lesson.ballot.witness
-            and lesson.ballot.updates < config.update_budget
-            and lesson.majority >= config.agreement[0]
-        ]
+        return [each for each in lessons if not each.ballot.witness and each.majority >= config.agreement[0]]
+
+    def _open(self, useful: list[Lesson]) -> list[Lesson]:
+        """Lessons with budget left for the round of votes that they are in."""
+        budget = self.config.update_budget
+        return [each for each in useful if each.ballot.updates < budget + (each.ballot.rounds - 1) * (budget // 2)]
+
+    def _due(self, useful: list[Lesson]) -> list[Ballot]:
+        """Ballots to vote on again before any further step: the earliest round, once its budget is spent."""
+        earliest = min((lesson.ballot.rounds for lesson in useful), default=self.config.rounds)
+        due = [lesson for lesson in useful if lesson.ballot.rounds == earliest]
+        if earliest >= self.config.rounds or not self.steps or self._open(due):
+            return []
+        return [lesson.ballot for lesson in due]
+
+    def _replan(self, useful: list[Lesson]) -> None:
+        self._unfinished = bool(self._open(useful) or self._due(useful))
+
+    def _vote_again(self, ballots: list[Ballot]) -> None:
+        """Let what would be published now vote beside the reference."""
+        self.propose()
+        for ballot in ballots:
+            known = sorted(ballot.scores, key=lambda view: -self._information.get(view, 0.0))
+            vote_again(self.policy, ballot, known[: self.config.num_views // 2])
+        self.proceed()
 
     def _update_lessons(self, lessons: list[Lesson]) -> dict[str, float]:
         """One gradient step on a few lessons, packed into one pass where the family allows it."""

@@ -85,7 +85,7 @@ class Worker:
             self._stream.release(self._leased)
 
     def turn(self) -> None:
-        """One batch, and a candidate when there were enough steps or nothing more is waiting."""
+        """One batch, and a candidate when there were enough steps or there is nothing more to learn."""
         if self._store.paused:
             self._report("paused")
             self._stop.wait(POLL_S)
@@ -110,7 +110,7 @@ class Worker:
         if self._held and not moved and not self.learner.unfinished and not batch:
             self._settle(self._held, "no_signal")
             self._held = []
-        if moved and (enough or len(batch) < self._settings.queries_per_step):
+        if moved and (enough or not self.learner.unfinished):
             self._conclude()
         self._report("idle")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: spinning threads make small tests slow
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import structlog
 import torch
 from PIL import Image
 
@@ -18,6 +20,13 @@ from servetune.adapters.types import Query
 from tests.checkpoints import FAMILIES
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """Commands configure the logging of their process, which in tests is everybody's."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from servetune.adapters.calibration import MAX_TEMPERATURE, agreement, confidence, fit_temperature, tempered
+from servetune.adapters.calibration import (
+    MAX_TEMPERATURE,
+    confidence,
+    expected_accuracy,
+    fit_temperature,
+    tempered,
+)
 
 
 def rows(scale: float, seed: int = 0, num: int = 40) -> list[Tensor]:
@@ -22,9 +28,9 @@ def test_confidence_is_the_mean_of_the_highest_probabilities() -> None:
     assert confidence(two, 1e6) == pytest.approx(0.5, abs=1e-4)
 
 
-def test_agreement_counts_likeliest_answers() -> None:
+def test_votes_say_how_often_the_likeliest_answers_are_right() -> None:
     ours = [torch.tensor([0.9, 0.1]), torch.tensor([0.3, 0.7])]
-    assert agreement(ours, [torch.tensor([0.6, 0.4]), torch.tensor([0.6, 0.4])]) == 0.5
+    assert expected_accuracy(ours, [torch.tensor([0.6, 0.4]), torch.tensor([0.7, 0.3])]) == pytest.approx(0.45)
 
 
 def test_a_modest_adapter_is_left_alone() -> None:

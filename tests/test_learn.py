@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import structlog
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -34,12 +32,6 @@ FAST: dict[str, Any] = {
     "steps_per_candidate": 1,
     "learning_rate": 1e-4,
 }
-
-
-@pytest.fixture(autouse=True)
-def logging_as_before() -> Iterator[None]:
-    yield
-    structlog.reset_defaults()
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from PIL import Image
 from servetune.adapters import tree
 from servetune.adapters.memory import Ballot, Memory
 from servetune.adapters.policy import Policy
-from servetune.adapters.rollouts import cast_ballot
+from servetune.adapters.rollouts import cast_ballot, vote_again
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.types import Query
 from servetune.adapters.views import SAME, safe_views
@@ -163,7 +163,7 @@ def mean_divergence(learner: Learner) -> float:
 
 
 def test_no_query_takes_part_in_more_steps_than_its_budget(policy: Policy) -> None:
-    learner = Learner(policy, replace(CONFIG, update_budget=3, batch_size=4))
+    learner = Learner(policy, replace(CONFIG, update_budget=3, batch_size=4, rounds=1))
     for start in range(0, 20, 5):
         learner.step([query(seed, LABELS) for seed in range(start, start + 5)], 0)
     while learner.unfinished:
@@ -171,6 +171,33 @@ def test_no_query_takes_part_in_more_steps_than_its_budget(policy: Policy) -> No
     updates = [lesson.ballot.updates for lesson in learner.memory.lessons()]
     assert max(updates) == 3
     assert learner.steps <= math.ceil(20 * 3 / 4) + 4
+
+
+def test_what_was_learned_votes_in_later_rounds_and_never_on_witnesses(policy: Policy) -> None:
+    learner = Learner(policy, replace(CONFIG, update_budget=4, rounds=3, min_information=0))
+    for start in range(0, 20, 5):
+        learner.step([query(seed, LABELS) for seed in range(start, start + 5)], 0)
+    assert all(lesson.ballot.rounds == 1 for lesson in learner.memory.lessons())
+    while learner.unfinished:
+        learner.step([], 0)
+    for lesson in learner.memory.lessons():
+        made = lesson.ballot
+        assert (made.rounds, made.updates) == ((1, 0) if made.witness else (3, 8))
+        same = [torch.equal(made.votes[view], made.scores[view]) for view in made.votes]
+        assert all(same) if made.witness else not any(same)
+
+
+@pytest.mark.parametrize("labels", [LABELS, ()])
+def test_adapter_and_reference_have_half_of_a_later_vote_each(policy: Policy, labels: tuple[str, ...]) -> None:
+    made = cast_ballot(policy, query(labels=labels), [SAME, "moved"], 256, 6, torch.Generator(), False)
+    assert made is not None
+    stir(policy, "candidate", std=0.5)
+    policy.use("candidate")
+    vote_again(policy, made, ["moved"])
+    with torch.no_grad():
+        ours = policy.score_each([made.observations["moved"]], [made.tokens])[0].log_softmax(-1)
+    expected = ((ours + made.scores["moved"]) / 2).softmax(-1)
+    assert torch.allclose(made.votes["moved"].exp(), expected, atol=1e-3)
 
 
 def test_answers_that_do_not_depend_on_the_image_change_nothing(policy: Policy) -> None:
