@@ -7,8 +7,10 @@ with the installed `easy-vqa`. Renders are kept in one .npz per vendor style.
 import argparse
 import io
 import json
+import os
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,10 +114,13 @@ def fetch(style: str, version: str, cache: Path) -> Path:
     folder = cache / style
     if not (folder / "package").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        command = ["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"]
-        archive = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
-        with tarfile.open(folder / archive) as tar:
-            tar.extractall(folder, filter="data")
+        with tempfile.TemporaryDirectory(dir=folder) as staging:
+            command = ["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"]
+            packed = subprocess.run(command, cwd=staging, check=True, capture_output=True, text=True).stdout
+            with tarfile.open(Path(staging, packed.strip())) as tar:
+                tar.extractall(staging, filter="data")
+            if not (folder / "package").exists():  # somebody else may have been faster
+                os.rename(Path(staging, "package"), folder / "package")
     return folder / "package"
 
 
@@ -180,7 +185,9 @@ def load_artwork(style: str, cache: Path = CACHE, size: int = RENDER_SIZE) -> di
         icons, found = find_icons(style, cache)
         pairs = zip(read_labels(), found, strict=True)
         renders = {label: np.asarray(icons.render(icon, size)) for label, icon in pairs if icon is not None}
-        np.savez_compressed(path, allow_pickle=False, **renders)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as staging:
+            np.savez_compressed(staging, allow_pickle=False, **renders)
+        os.replace(staging.name, path)  # somebody else may be reading, or rendering the same
     with np.load(path) as stored:
         return {label: stored[label] for label in read_labels() if label in stored}
 
