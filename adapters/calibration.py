@@ -8,7 +8,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-MAX_TEMPERATURE = 4.0
+MAX_TEMPERATURE = 1.25
 
 
 def confidence(logprobs: Sequence[Tensor], temperature: float = 1.0) -> float:

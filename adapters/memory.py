@@ -18,6 +18,7 @@ from servetune.adapters.views import SAME
 
 MEASURED = 64  # the views are compared on the last so many queries that were looked at in all of them
 MIN_MEASURED = 8
+MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
 
 
@@ -56,6 +57,7 @@ class Lesson:
     vote: Tensor  # (M,)
     target: Tensor  # (M,), sharpened
     divergence: float  # KL(target || reference on the image as it was sent), nats
+    dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
 
     @property
     def majority(self) -> float:
@@ -144,6 +146,7 @@ class Memory:
         """The lessons of one kind: the same question about different images."""
         columns = _columns(ballots)
         logvotes = _pooled(ballots, information)
+        dependence = consensus.mutual_information(logvotes) if len(ballots) >= MIN_ASKED else None
         reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
         closed = bool(ballots[0].query.labels)
         if closed:
@@ -160,7 +163,7 @@ class Memory:
         lessons = []
         for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
             own = slice(None) if closed else _places(ballot, columns)
-            lessons.append(Lesson(ballot, vote[own], target[own] / target[own].sum(), divergence))
+            lessons.append(Lesson(ballot, vote[own], target[own] / target[own].sum(), divergence, dependence))
         return lessons
 
 

@@ -239,14 +239,21 @@ class Learner:
     def _useful(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
         """Lessons that may be learned from: no witnesses, and a vote that is not hopeless.
 
-        None at all where the answers do not depend on the images, or where the votes say what is answered anyway.
+        None of a question, or none at all, where the answers do not depend on the images: the same answer to every
+        image is learned most easily without looking at them. And none where the votes say what is answered anyway.
         """
         config = self.config
         if dependence is not None and dependence < config.min_information:
             return []
         if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
             return []
-        return [each for each in lessons if not each.ballot.witness and each.majority >= config.agreement[0]]
+        return [
+            each
+            for each in lessons
+            if not each.ballot.witness
+            and each.majority >= config.agreement[0]
+            and (each.dependence is None or each.dependence >= config.min_information)
+        ]
 
     def _open(self, useful: list[Lesson]) -> list[Lesson]:
         """Lessons with budget left for the round of votes that they are in."""

@@ -87,6 +87,22 @@ def test_different_questions_do_not_pass_for_different_images() -> None:
     assert memory.dependence() == pytest.approx(0, abs=1e-6)
 
 
+def test_a_question_with_one_answer_to_all_images_teaches_nothing(policy: Policy) -> None:
+    """Beside one that teaches: what is learned from it is to answer without looking."""
+    learner = Learner(policy, replace(CONFIG, min_information=0.1))
+    clear = [0.05] * 8
+    for number in range(16):
+        row = list(clear)
+        row[number % 8 if number % 2 else 0] = 0.65
+        made = ballot(number, {SAME: row}, spread(number))
+        question = "what shape?" if number % 2 else "what colour?"
+        learner.memory.add(replace(made, query=replace(made.query, question=question)))
+    lessons, dependence = learner.memory.lessons(), learner.memory.dependence()
+    assert dependence is not None
+    assert dependence > 0.1
+    assert {each.ballot.query.question for each in learner._useful(lessons, dependence)} == {"what shape?"}
+
+
 def test_a_query_is_remembered_once_and_can_be_forgotten() -> None:
     memory = Memory(size=3)
     for number in (0, 1, 1, 2, 3):

@@ -24,7 +24,7 @@ from tests.redis_servers import eventually
 IMAGES = sorted((Path(__file__).parents[1] / "examples/images/fluent-emoji-flat").glob("*.png"))
 NAMES = [path.stem.replace("-", " ") for path in IMAGES]
 LABELS = NAMES[::16]
-PATIENCE_S = 120.0
+PATIENCE_S = 300.0
 
 
 @dataclass
@@ -103,6 +103,7 @@ def ask_until(client: Client, done: Callable[[], bool], start: int = 0) -> list[
         answer = client.recognize(view(number), LABELS)
         versions.append(answer.adapter.version)
         number += 1
+        time.sleep(0.05)  # the worker runs on what is left idle, on a busy machine too
     return versions
 
 
