@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
+MEDIAN_SIDE = 256
 SAME = "same"
 """The image as it was sent."""
 
@@ -58,7 +59,10 @@ def _blur(image: Image.Image, rng: random.Random) -> Image.Image:
 
 
 def _median(image: Image.Image, rng: random.Random) -> Image.Image:
-    return image.filter(ImageFilter.MedianFilter(2 * max(1, round(_radius(image, 0.02))) + 1))
+    small = image.copy()
+    small.thumbnail((MEDIAN_SIDE, MEDIAN_SIDE))  # the filter takes a minute on a photo, and holds the interpreter
+    filtered = small.filter(ImageFilter.MedianFilter(2 * max(1, round(_radius(small, 0.02))) + 1))
+    return filtered if small.size == image.size else filtered.resize(image.size, Image.Resampling.BICUBIC)
 
 
 def _sharpen(image: Image.Image, rng: random.Random) -> Image.Image:

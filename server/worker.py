@@ -107,7 +107,7 @@ class Worker:
                 return
         moved = self.learner.steps > self._first_step
         enough = self.learner.steps - self._first_step >= self._settings.steps_per_candidate
-        if self._held and not moved and not self.learner.unfinished and not batch:
+        if self._held and not moved and not self.learner.unfinished:
             self._settle(self._held, "no_signal")
             self._held = []
         if moved and (enough or not self.learner.unfinished):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from PIL import Image, ImageChops
 
@@ -28,6 +30,21 @@ def test_a_view_keeps_size_and_mode_and_is_repeatable(view: str) -> None:
     seen = look(view, PICTURE, "What is this?", "q1")
     assert (seen.size, seen.mode) == (PICTURE.size, "RGB")
     assert ImageChops.difference(seen, look(view, PICTURE, "What is this?", "q1")).getbbox() is None
+
+
+def test_a_big_photo_is_filtered_at_a_bounded_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A median over a photo as it is would hold the server for a minute."""
+    filtered = []
+    original = Image.Image.filter
+
+    def noting(self: Image.Image, kernel: Any) -> Image.Image:
+        filtered.append(max(self.size))
+        return original(self, kernel)
+
+    monkeypatch.setattr(Image.Image, "filter", noting)
+    seen = look("median", Image.new("RGB", (2048, 1024), "red"), "What is this?", "q")
+    assert seen.size == (2048, 1024)
+    assert filtered == [256]
 
 
 def test_sides_are_not_swapped_where_the_question_asks_for_them() -> None:
