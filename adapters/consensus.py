@@ -41,7 +41,7 @@ def view_weights(
         sharpness: 0 weighs all views alike.
         prior: nats added to the unit, so that small differences of small figures do not decide.
     """
-    unit = max(information.values(), default=0.0) + prior
+    unit = max(0.0, *information.values()) + prior
     scaled = torch.tensor([sharpness * value / unit for value in information.values()])
     return dict(zip(information, scaled.softmax(0).tolist(), strict=True))
 

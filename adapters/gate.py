@@ -33,7 +33,8 @@ FARTHEST = 8.0  # nats
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a candidate may change. KL is the mean over the replay, in nats per answer.
+    """What a candidate may change. KL is the mean over the replay, in nats per answer; to the base, what the
+    witnesses' votes account for comes on top.
 
     `min_valid`: valid-answer rate, as a share of the base's. `min_distinct`: number of different answers, as
     a share of the base's. `min_unshown`: probability of labels that the recent stream has not shown, on images
@@ -111,24 +112,33 @@ class Gate:
         self._shown.extend(view.answer for view in live)
 
     @torch.no_grad()
-    def judge(self, witnesses: Sequence[Lesson] = ()) -> Verdict:
-        """Compare the candidate with live and base; never raises for a bad candidate, says why instead."""
+    def judge(self, witnesses: Sequence[Lesson] = (), convict: bool = False) -> Verdict:
+        """Compare the candidate with live and base; never raises for a bad candidate, says why instead.
+
+        Args:
+            convict: witnesses refuse only what they contradict by a standard error more than is allowed: for what
+                is live, of which not to pass on a few witnesses is no proof of harm.
+        """
         if not all(torch.isfinite(p).all() for p in self.policy.parameters(self.candidate).values()):
             return Verdict(False, ("weights are not finite",), {})
         metrics, limits = self._measure() | self._hear(witnesses), self.limits
+        vouched = max(0.0, metrics.get("witness_base", 0.0))  # what the votes account for is no drift
+        doubt = metrics.get("witness_error", 0.0) if convict else 0.0
         bounds = [
-            ("kl_base", -math.inf, limits.max_kl_base),
+            ("kl_base", -math.inf, limits.max_kl_base + vouched),
             ("kl_step", -math.inf, limits.max_kl_step),
             ("valid", limits.min_valid, math.inf),
             ("distinct", limits.min_distinct, math.inf),
             ("unshown", limits.min_unshown, math.inf),
         ]
         if "witness_base" in metrics:
-            bounds += [(name, limits.min_witness, math.inf) for name in ("witness_base", "witness_live")]
+            lowest = limits.min_witness - doubt
+            bounds += [(name, lowest, math.inf) for name in ("witness_base", "witness_live")]
             bounds.append(("surer", -math.inf, limits.max_surer))
         # `not low <= value <= high` also catches NaN.
         reasons = tuple(
-            f"{name} {metrics[name]:.3f} is " + (f"below {low:g}" if metrics[name] < low else f"above {high:g}")
+            f"{name} {metrics[name]:.3f} is "
+            + (f"below {low:.3g}" if metrics[name] < low else f"above {high:.3g}")
             for name, low, high in bounds
             if not low <= metrics[name] <= high
         )
@@ -153,7 +163,7 @@ class Gate:
     def _hear(self, witnesses: Sequence[Lesson]) -> dict[str, float]:
         """What untaught queries say: how near the candidate comes to their votes, and how sure it may sound."""
         if len(witnesses) < MIN_WITNESSES:
-            return {"witnesses": float(len(witnesses)), "temperature": 1.0}
+            return {"witnesses": float(len(witnesses))}
         chosen = [_short_list(witness) for witness in witnesses]
         targets = [w.target[each] / w.target[each].sum() for w, each in zip(witnesses, chosen, strict=True)]
         base = [w.ballot.scores[SAME][each] for w, each in zip(witnesses, chosen, strict=True)]
@@ -161,9 +171,12 @@ class Gate:
         votes = [witness.vote[each] for witness, each in zip(witnesses, chosen, strict=True)]
         gain = expected_accuracy(ours, votes) - expected_accuracy(base, votes)
         temperature = fit_temperature(ours, base, gain)
+        near, of_base, of_live = (_distances(targets, rows) for rows in (ours, base, live))
+        nearer = of_base - near
         return {
-            "witness_base": _distance(targets, base) - _distance(targets, ours),
-            "witness_live": _distance(targets, live) - _distance(targets, ours),
+            "witness_base": float(nearer.mean()),
+            "witness_live": float((of_live - near).mean()),
+            "witness_error": float(nearer.std()) / math.sqrt(len(witnesses)),
             "witnesses": float(len(witnesses)),
             "temperature": temperature,
             "surer": confidence(ours, temperature) - confidence(base) - max(0.0, gain),
@@ -249,13 +262,13 @@ def _short_list(lesson: Lesson) -> list[int]:
     return near.topk(min(SHORT_LIST, len(near))).indices.tolist()
 
 
-def _distance(targets: Sequence[Tensor], logprobs: Sequence[Tensor]) -> float:
-    """Mean cross-entropy from votes to answers, in nats; one query counts FARTHEST at most.
+def _distances(targets: Sequence[Tensor], logprobs: Sequence[Tensor]) -> Tensor:
+    """(W,) cross-entropies from votes to answers, in nats; one query counts FARTHEST at most.
 
     A proper score: being surer than the votes costs as being wrong does.
     """
     pairs = zip(targets, logprobs, strict=True)
-    return fmean(min(-float((target * row.log_softmax(-1)).sum()), FARTHEST) for target, row in pairs)
+    return torch.stack([-(target * row.log_softmax(-1)).sum() for target, row in pairs]).clamp(max=FARTHEST)
 
 
 def _mass(view: _View, labels: list[int]) -> float:

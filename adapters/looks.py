@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from servetune.adapters import tree
-from servetune.adapters.answers import canonical
 from servetune.adapters.consensus import pool_looks
 from servetune.adapters.family import Prefix
 from servetune.adapters.policy import Policy
-from servetune.adapters.rollouts import MAX_ANSWERS
+from servetune.adapters.rollouts import distinct_answers
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.views import look, safe_views
 
@@ -39,8 +37,9 @@ class Looks:
     """The looks at one query so far, the first of them at the images as they were sent.
 
     `shares`, where they are known from answering it, are the probabilities of all labels of a closed set in the
-    first look. An open question's answers are the distinct valid ones among rollouts of the first look. The
-    adapter's `temperature` is in `shares` already; it divides what is found from then on.
+    first look, at the `temperature` of the adapter. An open question's answers are the distinct valid ones among
+    rollouts of the first look. The looks are pooled at temperature 1 and the result is tempered: how sure the
+    adapter may sound is not to change the answer.
     """
 
     query: Query
@@ -52,7 +51,7 @@ class Looks:
     def __post_init__(self) -> None:
         if self.query.labels:
             shares = torch.tensor([self.shares[label] for label in self.query.labels])
-            self.found.append(Look({}, shares.log()))
+            self.found.append(Look({}, shares.log() * self.temperature))
 
     @property
     def done(self) -> bool:
@@ -69,22 +68,22 @@ class Looks:
             Stopped: `stop` was set while answers were drawn.
         """
         if not self.found:
-            drawn = _draw(policy, self.query, self.sampling, stop)
-            return replace(drawn, logprobs=drawn.logprobs / self.temperature)
+            return _draw(policy, self.query, self.sampling, stop)
         view = self._views()[len(self.found)]
         # What is random about a view is the same for every query, so that the same question has the same answer.
         images = tuple(look(view, image, self.query.question, "") for image in self.query.images)
         observation = policy.observe(replace(self.query, images=images))
         if self.query.labels:
             tokens = {label: tuple(policy.family.tokens(label)) for label in self.query.labels}
-            return Look(tokens, policy.likely_labels([observation], self.query.labels)[0] / self.temperature)
+            return Look(tokens, policy.likely_labels([observation], self.query.labels)[0])
         tokens = self.found[0].tokens
-        return Look(tokens, _score(policy, policy.begin(observation), tokens) / self.temperature)
+        return Look(tokens, _score(policy, policy.begin(observation), tokens))
 
     def ranked(self) -> list[tuple[str, float]]:
         """Every answer with its pooled probability, the likeliest first."""
         answers = self.query.labels or tuple(self.found[0].tokens)
-        shares = pool_looks(torch.stack([one.logprobs for one in self.found])).exp().tolist()
+        pooled = pool_looks(torch.stack([one.logprobs for one in self.found]))
+        shares = (pooled / self.temperature).softmax(-1).tolist()
         return sorted(zip(answers, shares, strict=True), key=lambda pair: -pair[1])
 
     def _views(self) -> list[str]:
@@ -101,16 +100,7 @@ def _draw(policy: Policy, query: Query, sampling: Sampling, stop: threading.Even
     generator = torch.Generator().manual_seed(sampling.seed or 0)
     samples = tree.sample(family, prefix, 1, longest, temperature=0.0, stop=stop)
     samples += tree.sample(family, prefix, num, longest, temperature, generator, stop)
-    counts: Counter[str] = Counter()
-    spelling: dict[str, tree.Sample] = {}
-    for sample in samples:
-        answer = canonical(family.text(sample.tokens)) if sample.finished else ""
-        counts[answer] += sample.count
-        if answer not in spelling or sample.logprob > spelling[answer].logprob:
-            spelling[answer] = sample
-    del counts[""]
-    best = [spelling[answer].tokens for answer, _ in counts.most_common(MAX_ANSWERS)]
-    tokens = {family.text(each): each for each in best}
+    tokens = {family.text(each): each for each in distinct_answers(family, samples)[0].values()}
     num_tokens = sum(len(sample.tokens) * sample.count for sample in samples)
     return Look(tokens, _score(policy, prefix, tokens) if tokens else torch.zeros(0), num, num_tokens)
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-from collections import deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,13 @@ from servetune.adapters.types import Query
 from servetune.adapters.views import SAME
 
 MEASURED = 64  # the views are compared on the last so many queries that were looked at in all of them
+MEASURED_FEW = 512  # among few answers: on the last so many queries, each view on those that were looked at in it
 MIN_MEASURED = 8
+FEW = 16  # answers; more of them are a label set that one image tells little about
+PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
+DOUBT = 2.0  # weight of a view's mean entropy among few answers
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
+SOME_VOTES, MOST_VOTES = 0.01, 0.7  # shares, for telling wordings of one question by their answers
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
 
 
@@ -56,6 +61,7 @@ class Lesson:
     ballot: Ballot
     vote: Tensor  # (M,)
     target: Tensor  # (M,), sharpened
+    prior: Tensor  # (M,) log of how often the stream shows each answer; alike in a long list of labels
     divergence: float  # KL(target || reference on the image as it was sent), nats
     dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
 
@@ -74,6 +80,7 @@ class Memory:
     temperature: float = 0.5
     _ballots: deque[Ballot] = field(init=False)
     _bytes: int = field(default=0, init=False)
+    _worth: dict[bool, dict[str, float]] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._ballots = deque()
@@ -85,6 +92,7 @@ class Memory:
         """Keep a ballot; one of the same query is replaced."""
         self.forget([ballot.query.id])
         self._ballots.append(ballot)
+        self._worth = None
         self._bytes += ballot.num_bytes
         while len(self._ballots) > max(1, self.size) or (self._bytes > self.max_bytes and len(self._ballots) > 1):
             self._bytes -= self._ballots.popleft().num_bytes
@@ -97,31 +105,31 @@ class Memory:
             return
         self._ballots = deque(b for b in self._ballots if b.query.id not in gone)
         self._bytes = sum(ballot.num_bytes for ballot in self._ballots)
+        self._worth = None
 
-    def measure(self) -> dict[str, float]:
-        """What each view is worth: mutual information of images and answers, in nats, over all questions together.
+    def worth(self) -> dict[bool, dict[str, float]]:
+        """What each view is worth, in nats, among few answers (True) and among many.
 
-        Taken over queries that were looked at in all views; empty before there are enough.
+        Among many, mutual information of images and answers over all questions together, taken over queries that
+        were looked at in all views. Among few, the mutual information on one question, less the mean entropy: how
+        often the few answers are given says more about the stream than the view. Empty before there is enough.
         """
-        kinds: dict[tuple[str, ...], list[Ballot]] = {}
-        for ballot in self._ballots:
-            if ballot.measured:
-                kinds.setdefault(tuple(ballot.scores), []).append(ballot)
-        measured = max(kinds.values(), key=len, default=[])[-MEASURED:]
-        if len(measured) < MIN_MEASURED:
-            return {}
-        columns = _columns(measured)
-        return {
-            view: consensus.mutual_information(
-                _table(measured, columns, [ballot.scores[view] for ballot in measured]).log_softmax(-1)
-            )
-            for view in measured[0].scores
-        }
+        if self._worth is None:
+            few, many = ([b for b in self._ballots if has_few_answers(b.query) == kind] for kind in (True, False))
+            self._worth = {True: _worth_among_few(few[-MEASURED_FEW:]), False: _worth_among_many(many)}
+        return self._worth
 
-    def lessons(self) -> list[Lesson]:
-        """What every ballot teaches, given all the others."""
-        information = self.measure()
-        return [lesson for ballots in self._kinds() for lesson in self._lessons(ballots, information)]
+    def lessons(self, later_rounds: bool = True) -> list[Lesson]:
+        """What every ballot teaches, given all the others, in the order in which they came.
+
+        Without `later_rounds` only the reference votes.
+        """
+        found: dict[str, Lesson] = {}
+        questions = [(ballots, self._pooled(ballots, later_rounds)) for ballots in self._kinds()]
+        for (ballots, logvotes), dependence in zip(questions, _dependences(questions), strict=True):
+            lessons = _lessons(ballots, logvotes, dependence, self.temperature)
+            found |= {lesson.ballot.query.id: lesson for lesson in lessons}
+        return _with_priors([found[ballot.query.id] for ballot in self._ballots])
 
     def dependence(self) -> float | None:
         """How much the votes depend on the image: mutual information among votes on the same question, in nats.
@@ -129,42 +137,119 @@ class Memory:
         None where no question was asked about two images. Votes on different questions differ whatever the images
         show, so each question counts for itself, by how often it was asked.
         """
-        information = self.measure()
         repeated = [ballots for ballots in self._kinds() if len(ballots) > 1]
-        found = [consensus.mutual_information(_pooled(ballots, information)) for ballots in repeated]
+        found = [consensus.mutual_information(self._pooled(ballots)) for ballots in repeated]
         sizes = [len(ballots) for ballots in repeated]
         return sum(map(operator.mul, sizes, found)) / sum(sizes) if repeated else None
 
-    def _kinds(self) -> Iterable[list[Ballot]]:
-        """The ballots, by question and labels."""
-        kinds: dict[tuple[str, tuple[str, ...]], list[Ballot]] = {}
-        for ballot in self._ballots:
-            kinds.setdefault((ballot.query.question, ballot.query.labels), []).append(ballot)
-        return kinds.values()
+    def _kinds(self) -> list[list[Ballot]]:
+        return _by_question(self._ballots)
 
-    def _lessons(self, ballots: list[Ballot], information: dict[str, float]) -> list[Lesson]:
-        """The lessons of one kind: the same question about different images."""
-        columns = _columns(ballots)
-        logvotes = _pooled(ballots, information)
-        dependence = consensus.mutual_information(logvotes) if len(ballots) >= MIN_ASKED else None
-        reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
-        closed = bool(ballots[0].query.labels)
-        if closed:
-            neighbours = consensus.mutual_neighbours(torch.stack([b.embedding for b in ballots]))
-            logvotes = ((logvotes + logvotes[neighbours]) / 2).log_softmax(-1)
-        if closed and min(len(ballots), len(columns)) >= MIN_BALANCED:
-            logvotes = (logvotes - consensus.balance(logvotes)).log_softmax(-1)
-        targets = (logvotes / self.temperature).softmax(-1)
-        if closed and len(ballots) > 1:  # one query alone says nothing about what the stream shows
-            shown = torch.zeros(len(columns), dtype=torch.bool)
-            shown[logvotes.argmax(-1)] = True
-            targets = consensus.keep_unshown(targets, reference.exp(), shown)
-        divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
-        lessons = []
-        for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
-            own = slice(None) if closed else _places(ballot, columns)
-            lessons.append(Lesson(ballot, vote[own], target[own] / target[own].sum(), divergence, dependence))
-        return lessons
+    def _pooled(self, ballots: Sequence[Ballot], later_rounds: bool = True) -> Tensor:
+        """(N, L) normalised votes on one question: mean log-probability over views, weighted by their worth."""
+        worth = self.worth()[has_few_answers(ballots[0].query)]
+        votes = [ballot.votes if later_rounds else ballot.scores for ballot in ballots]
+        weights = {views: torch.tensor(_weights(views, worth)) for views in map(tuple, votes)}
+        rows = [weights[tuple(each)] @ torch.stack(list(each.values())) for each in votes]
+        return _table(ballots, _columns(ballots), rows).log_softmax(-1)
+
+
+def _dependences(questions: Sequence[tuple[list[Ballot], Tensor]]) -> list[float | None]:
+    """How much votes on each question depend on the image: by themselves, and with those on its other wordings.
+
+    The lower of the two counts, where MIN_ASKED images at least were asked about.
+    """
+    found: list[list[float]] = [[] for _ in questions]
+    for numbers in [[number] for number in range(len(questions))] + _wordings(questions):
+        logvotes = _together([questions[number] for number in numbers])
+        if len(logvotes) >= MIN_ASKED:
+            dependence = consensus.mutual_information(logvotes)
+            for number in numbers:
+                found[number].append(dependence)
+    return [min(each) if each else None for each in found]
+
+
+def _together(questions: Sequence[tuple[list[Ballot], Tensor]]) -> Tensor:
+    """(N, L) log-votes on several questions, over the answers of all."""
+    if len(questions) == 1:
+        return questions[0][1]
+    columns = consensus.common_space([tuple(_columns(ballots)) for ballots, _ in questions])
+    tables = []
+    for ballots, logvotes in questions:
+        table = torch.full((len(ballots), len(columns)), consensus.FLOOR)
+        table[:, [columns[answer] for answer in _columns(ballots)]] = logvotes
+        tables.append(table)
+    return torch.cat(tables).log_softmax(-1)
+
+
+def _wordings(questions: Sequence[tuple[list[Ballot], Tensor]]) -> list[list[int]]:
+    """Numbers of open questions that ask for the same, told by their answers."""
+    groups: list[tuple[Counter[str], list[int]]] = []
+    for number, (ballots, logvotes) in enumerate(questions):
+        if not ballots[0].query.labels:
+            votes = zip(_columns(ballots), logvotes.exp().sum(0).tolist(), strict=True)
+            groups.append((Counter(dict(votes)), [number]))
+    groups.sort(key=lambda group: -group[0].total())
+    for index in reversed(range(len(groups))):  # the rarest joins the most common that covers it
+        own, numbers = groups[index]
+        host = next((group for group in groups[:index] if _covers(group[0], own)), None)
+        if host:
+            host[0].update(own)
+            host[1].extend(numbers)
+            del groups[index]
+    return [numbers for _, numbers in groups if len(numbers) > 1]
+
+
+def _covers(votes: Counter[str], others: Counter[str]) -> bool:
+    """Whether most of the other votes are for answers that have some votes here."""
+    least = SOME_VOTES * votes.total()
+    return sum(share for answer, share in others.items() if votes[answer] >= least) >= MOST_VOTES * others.total()
+
+
+def _lessons(
+    ballots: list[Ballot], logvotes: Tensor, dependence: float | None, temperature: float
+) -> list[Lesson]:
+    """The lessons of one kind: the same question about different images."""
+    columns = _columns(ballots)
+    reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
+    closed = bool(ballots[0].query.labels)
+    if closed:
+        neighbours = consensus.mutual_neighbours(torch.stack([b.embedding for b in ballots]))
+        logvotes = ((logvotes + logvotes[neighbours]) / 2).log_softmax(-1)
+    if closed and min(len(ballots), len(columns)) >= MIN_BALANCED:
+        logvotes = (logvotes - consensus.balance(logvotes)).log_softmax(-1)
+    targets = (logvotes / temperature).softmax(-1)
+    if closed and len(ballots) > 1:  # one query alone says nothing about what the stream shows
+        shown = torch.zeros(len(columns), dtype=torch.bool)
+        shown[logvotes.argmax(-1)] = True
+        targets = consensus.keep_unshown(targets, reference.exp(), shown)
+    divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
+    lessons = []
+    for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
+        own = slice(None) if closed else _places(ballot, columns)
+        shares = target[own] / target[own].sum()
+        lessons.append(Lesson(ballot, vote[own], shares, torch.zeros_like(shares), divergence, dependence))
+    return lessons
+
+
+def _with_priors(lessons: Sequence[Lesson]) -> list[Lesson]:
+    """Set what share of all votes among few answers each answer has, whatever the question."""
+    shown: defaultdict[str, float] = defaultdict(lambda: PSEUDO_COUNT)
+    for lesson in lessons:
+        if has_few_answers(lesson.ballot.query):
+            for answer, share in zip(lesson.ballot.answers, lesson.target.tolist(), strict=True):
+                shown[answer] += share
+    return [
+        replace(lesson, prior=torch.tensor([shown[a] for a in lesson.ballot.answers]).log())
+        if has_few_answers(lesson.ballot.query)
+        else lesson
+        for lesson in lessons
+    ]
+
+
+def has_few_answers(query: Query) -> bool:
+    """Whether a query is an open question or offers a short list of labels."""
+    return len(query.labels) <= FEW
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -200,15 +285,68 @@ def _table(ballots: Sequence[Ballot], columns: Mapping[str, int], rows: Sequence
     return table.clamp(min=consensus.FLOOR)
 
 
-def _pooled(ballots: Sequence[Ballot], information: Mapping[str, float]) -> Tensor:
-    """(N, L) normalised votes: mean log-probability over views, weighted by what each is worth on this stream."""
-    kinds = {tuple(ballot.votes) for ballot in ballots}
-    weights = {views: torch.tensor(_weights(views, information)) for views in kinds}
-    rows = [weights[tuple(b.votes)] @ torch.stack(list(b.votes.values())) for b in ballots]
-    return _table(ballots, _columns(ballots), rows).log_softmax(-1)
+def _worth_among_many(ballots: Sequence[Ballot]) -> dict[str, float]:
+    kinds: dict[tuple[str, ...], list[Ballot]] = {}
+    for ballot in ballots:
+        if ballot.measured:
+            kinds.setdefault(tuple(ballot.scores), []).append(ballot)
+    measured = max(kinds.values(), key=len, default=[])[-MEASURED:]
+    if len(measured) < MIN_MEASURED:
+        return {}
+    return {view: _information(measured, view) for view in measured[0].scores}
 
 
-def _weights(views: Sequence[str], information: Mapping[str, float]) -> list[float]:
-    if any(view not in information for view in views):
+def _worth_among_few(ballots: Sequence[Ballot]) -> dict[str, float]:
+    """Each view beside the image as it was sent, on the queries that were looked at in that view."""
+    worth = {}
+    for view in dict.fromkeys(view for ballot in ballots for view in ballot.scores):
+        seen = [ballot for ballot in ballots if view in ballot.scores]
+        if len(seen) >= MIN_MEASURED:
+            clarity = _clarity(seen, (view, SAME))
+            worth[view] = clarity[0] - clarity[1]
+    return worth
+
+
+def _clarity(ballots: Sequence[Ballot], views: Sequence[str]) -> list[float]:
+    """Mutual information on one question in a view, in nats, less DOUBT times the mean entropy of the answers."""
+    kinds = [kind for kind in _by_question(ballots) if len(kind) > 1] or [list(ballots)]
+    repeated = [ballot for kind in kinds for ballot in kind]
+    cells: dict[tuple[int, str], int] = {}  # of one question's answers
+    place = [
+        cells.setdefault((number, answer), len(cells))
+        for number, kind in enumerate(kinds)
+        for ballot in kind
+        for answer in ballot.answers
+    ]
+    places, asked = torch.tensor(place), torch.tensor([float(len(kinds[number])) for number, _ in cells])
+    found = []
+    for view in views:
+        shares = torch.cat([ballot.scores[view] for ballot in repeated]).exp()
+        means = torch.zeros(len(cells)).index_add_(0, places, shares) / asked
+        together = float(-(asked * torch.special.xlogy(means, means)).sum())
+        apart = float(-torch.special.xlogy(shares, shares).sum())
+        every = torch.cat([ballot.scores[view] for ballot in ballots]).exp()
+        doubt = float(-torch.special.xlogy(every, every).sum()) / len(ballots)
+        found.append((together - apart) / len(repeated) - DOUBT * doubt)
+    return found
+
+
+def _information(ballots: Sequence[Ballot], view: str) -> float:
+    rows = [ballot.scores[view] for ballot in ballots]
+    return consensus.mutual_information(_table(ballots, _columns(ballots), rows).log_softmax(-1))
+
+
+def _by_question(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
+    """The ballots, by question and labels."""
+    kinds: dict[tuple[str, tuple[str, ...]], list[Ballot]] = {}
+    for ballot in ballots:
+        kinds.setdefault((ballot.query.question, ballot.query.labels), []).append(ballot)
+    return list(kinds.values())
+
+
+def _weights(views: Sequence[str], worth: Mapping[str, float]) -> list[float]:
+    """Of each view in the vote; one that is not yet known is worth what the least is."""
+    if not worth:
         return [1 / len(views)] * len(views)
-    return list(consensus.view_weights({view: information[view] for view in views}).values())
+    least = min(worth.values())
+    return list(consensus.view_weights({view: worth.get(view, least) for view in views}).values())

@@ -229,6 +229,11 @@ class Policy:
         return tuple(round(value, 6) for value in logits[places.to(logits.device)].tolist())
 
 
+def scaled(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """The adapter that changes the base's weights `factor` times as much."""
+    return {key: value * factor if ".lora_B." in key else value for key, value in weights.items()}
+
+
 def _target_pattern(family: Family, part: Part) -> str:
     """A regular expression over module names that matches exactly the linear layers of a part."""
     names = family.linear_names(part)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from servetune.adapters import tree
 from servetune.adapters.answers import canonical
-from servetune.adapters.family import Prefix, image_tokens
+from servetune.adapters.family import Family, Prefix, image_tokens
 from servetune.adapters.memory import Ballot
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.rewards import Votes, count_votes
@@ -38,7 +39,6 @@ def roll_out(
     num: int,
     max_tokens: int,
     generator: torch.Generator,
-    version: int,
     exact: bool = True,
 ) -> Group:
     """Answer a query `num` times at temperature 1 with the active adapter.
@@ -49,10 +49,10 @@ def roll_out(
     observation = policy.observe(query)
     prefix = policy.begin(observation)
     if query.labels:
-        rollouts = _labels(policy, prefix, query, num, generator, version, exact)
+        rollouts = _labels(policy, prefix, query, num, generator, exact)
     else:
         samples = tree.sample(policy.family, prefix, num, max_tokens, generator=generator)
-        rollouts = _sampled(policy, samples, num, version)
+        rollouts = _sampled(policy, samples, num)
     return Group(query, observation, rollouts, count_votes(rollouts))
 
 
@@ -86,7 +86,12 @@ def cast_ballot(
             logprobs = policy.likely_labels(observations, answers)  # (V, L)
             tokens = tuple(policy.family.tokens(label) for label in answers)
         else:
-            found, valid = _draw(policy, observations, num, max_tokens, generator)
+            each = max(2, num // len(observations))
+            drawn = (
+                tree.sample(policy.family, policy.begin(one), each, max_tokens, generator=generator)
+                for one in observations
+            )
+            found, valid = distinct_answers(policy.family, chain.from_iterable(drawn))
             if not found:
                 return None
             answers, tokens = tuple(found), tuple(found.values())
@@ -116,32 +121,27 @@ def vote_again(policy: Policy, ballot: Ballot, views: Sequence[str]) -> None:
     ballot.rounds += 1
 
 
-def _draw(
-    policy: Policy, observations: Sequence[Observation], num: int, max_tokens: int, generator: torch.Generator
-) -> tuple[dict[str, tuple[int, ...]], float]:
-    """The commonest valid answers in any view, with their likeliest spelling, and the share of valid ones."""
-    each = max(2, num // len(observations))
+def distinct_answers(family: Family, samples: Iterable[tree.Sample]) -> tuple[dict[str, tuple[int, ...]], float]:
+    """The commonest valid answers with the tokens of their likeliest spelling, and the share of valid samples."""
     counts: Counter[str] = Counter()
     spelling: dict[str, tree.Sample] = {}
-    for observation in observations:
-        for sample in tree.sample(policy.family, policy.begin(observation), each, max_tokens, generator=generator):
-            answer = canonical(policy.family.text(sample.tokens)) if sample.finished else ""
-            counts[answer] += sample.count
-            if answer not in spelling or sample.logprob > spelling[answer].logprob:
-                spelling[answer] = sample
+    for sample in samples:
+        answer = canonical(family.text(sample.tokens)) if sample.finished else ""
+        counts[answer] += sample.count
+        if answer not in spelling or sample.logprob > spelling[answer].logprob:
+            spelling[answer] = sample
     total = counts.total()
     valid = 1 - counts.pop("", 0) / total
     return {answer: spelling[answer].tokens for answer, _ in counts.most_common(MAX_ANSWERS)}, valid
 
 
-def _sampled(policy: Policy, samples: list[tree.Sample], num: int, version: int) -> Rollouts:
+def _sampled(policy: Policy, samples: list[tree.Sample], num: int) -> Rollouts:
     return Rollouts(
         tokens=tuple(sample.tokens for sample in samples),
         answers=tuple(canonical(policy.family.text(s.tokens)) if s.finished else "" for s in samples),
         weights=torch.tensor([sample.count / num for sample in samples]),
         logprobs=torch.tensor([sample.logprob for sample in samples]),
         num=num,
-        version=version,
     )
 
 
@@ -151,7 +151,6 @@ def _labels(
     query: Query,
     num: int,
     generator: torch.Generator,
-    version: int,
     exact: bool,
 ) -> Rollouts:
     logprobs = policy.label_logprobs(prefix, query.labels).cpu()
@@ -167,5 +166,4 @@ def _labels(
         weights=weights,
         logprobs=logprobs[chosen],
         num=None if exact else num,
-        version=version,
     )

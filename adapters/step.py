@@ -14,8 +14,8 @@ from torch import Tensor
 from servetune.adapters import tree
 from servetune.adapters.consensus import view_weights
 from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
-from servetune.adapters.memory import Ballot, Lesson, Memory
-from servetune.adapters.policy import Policy
+from servetune.adapters.memory import MEASURED, Ballot, Lesson, Memory, has_few_answers
+from servetune.adapters.policy import Policy, scaled
 from servetune.adapters.rewards import REWARDS, confidence_weight
 from servetune.adapters.rollouts import Group, cast_ballot, roll_out, vote_again
 from servetune.adapters.types import Query, StepMetrics
@@ -37,8 +37,9 @@ class LearnerConfig:
     `consensus` votes over views, neighbours and the stream (`memory`): `num_views` looks at each query,
     `batch_size` queries in a gradient step, each query in `update_budget` steps at most, replayed from the last
     `memory_size`. When nothing waits, what has been learned votes as well, in `rounds` - 1 further rounds of half
-    the budget. Nothing is learned from answers with less than `min_information` nats about the images.
-    `average` is the decay per step of the moving average of the weights, which is what is published.
+    the budget. Nothing is learned from answers with less than `min_information` nats about the images. What is
+    published is a moving average of the weights, of decay `average` per step, and of what it changes in the base
+    the share `mixing` (weight-space ensemble, arXiv 2109.01903): what fits this stream alone is the first to go.
     The other rewards are those of one group of rollouts.
 
     `agreement` is the band of the majority's share in which a group teaches anything: below it the query is
@@ -67,6 +68,7 @@ class LearnerConfig:
     memory_size: int = 1024
     min_information: float = 0.1
     average: float = 0.9
+    mixing: float = 0.7
 
     @classmethod
     def named(cls, learner: str, **chosen: Any) -> LearnerConfig:
@@ -77,6 +79,7 @@ class LearnerConfig:
         """
         if learner == "default":
             return cls(**chosen)
+        chosen = {"mixing": 1.0, **chosen}
         if learner == "frequency":
             return cls(reward=learner, **chosen)
         if learner in ("entropy", "self-training"):  # baselines of the evaluation
@@ -106,7 +109,7 @@ class Learner:
         self._average = policy.weights(slot)
         self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
         self._asked = 0
-        self._information: dict[str, float] = {}  # nats per view
+        self._revoted: list[Ballot] = []  # with a say of the candidate
         self._unfinished = False
 
     @property
@@ -114,7 +117,7 @@ class Learner:
         """Whether remembered queries may still take part in steps."""
         return self._unfinished
 
-    def step(self, queries: Sequence[Query], version: int) -> tuple[StepMetrics, list[Query]]:
+    def step(self, queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
         """Learn from a batch; from what is remembered when it is empty.
 
         Returns:
@@ -124,7 +127,7 @@ class Learner:
         self.policy.use(self.slot)
         if self.config.reward == "consensus":
             return self._replay(queries)
-        groups = [self._roll_out(query, version) for query in queries]
+        groups = [self._roll_out(query) for query in queries]
         informative = [group for group in groups if self._teaches(group)]
         values = _describe(groups)
         if informative:
@@ -133,8 +136,9 @@ class Learner:
         return metrics, [group.query for group in informative]
 
     def witnesses(self) -> list[Lesson]:
-        """The votes on recent queries that were never learned from: what they agree on is news to the adapter."""
-        return [lesson for lesson in self.memory.lessons() if lesson.ballot.witness][-NUM_WITNESSES:]
+        """The reference's votes on recent queries that were never learned from: they are news to the adapter."""
+        lessons = self.memory.lessons(later_rounds=False)
+        return [lesson for lesson in lessons if lesson.ballot.witness][-NUM_WITNESSES:]
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copies of the weights and of the optimizer's state, both by flat names."""
@@ -145,9 +149,9 @@ class Learner:
         return self.policy.weights(self.slot), moments
 
     def propose(self) -> None:
-        """Put the moving average of the weights into the slot, as the candidate; `proceed` takes it back."""
+        """Put what would be published into the slot, as the candidate; `proceed` takes it back."""
         self._ahead = self.policy.weights(self.slot)
-        self.policy.load(self.slot, self._average)
+        self.policy.load(self.slot, scaled(self._average, self.config.mixing))
 
     def proceed(self) -> None:
         """Go on from where the steps had got to before `propose`."""
@@ -155,9 +159,20 @@ class Learner:
             self.policy.load(self.slot, self._ahead)
             self._ahead = None
 
+    def accept(self) -> None:
+        """Go on from where the steps had got to: what they voted stands."""
+        self.proceed()
+        self._revoted.clear()
+
     def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
-        """Go back to a state; without moments the optimizer starts afresh."""
-        self.policy.load(self.slot, weights)
+        """Go back to what was published; what was voted since the last `accept` is void.
+
+        Without moments the optimizer starts afresh.
+        """
+        for ballot in self._revoted:
+            ballot.votes = ballot.scores
+        self._revoted.clear()
+        self.policy.load(self.slot, scaled(weights, 1 / self.config.mixing))
         self._average, self._ahead = self.policy.weights(self.slot), None
         self._optimizer.state.clear()
         for name, value in moments.items():
@@ -174,19 +189,18 @@ class Learner:
         self._replan(self._useful(self.memory.lessons(), self.memory.dependence()))
 
     def retreat(self, towards: Mapping[str, Tensor]) -> None:
-        """Go half of the way back to other weights, and on from there; the optimizer keeps its state."""
-        ours = self.policy.weights(self.slot)
-        self._average = {key: (value + towards[key].to(value)) / 2 for key, value in ours.items()}
-        self._ahead = None
-        self.policy.load(self.slot, self._average)
+        """Take the candidate half of the way back to other weights; the steps go on from there."""
+        half = {key: (value + towards[key].to(value)) / 2 for key, value in self.policy.weights(self.slot).items()}
+        self.policy.load(self.slot, half)
+        self._ahead = self._average = scaled(half, 1 / self.config.mixing)
 
     # --- votes over views, neighbours and the stream ------------------------------------------------
 
     def _replay(self, queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
         """Vote on new queries, vote again on the remembered ones, and take steps on a mixture of both."""
         config = self.config
-        new = {query.id for query in queries if self._remember(query)}
-        self._information = self.memory.measure()
+        worth = self.memory.worth()
+        new = {query.id for query in queries if self._remember(query, worth[has_few_answers(query)])}
         lessons = [self._corrected(lesson) for lesson in self.memory.lessons()]
         dependence = self.memory.dependence()
         values = _describe_lessons(lessons, dependence)
@@ -201,7 +215,7 @@ class Learner:
                     break
                 order = torch.randperm(len(open_lessons), generator=self._generator)[: config.batch_size]
                 batch = [open_lessons[index] for index in order.tolist()]
-                values |= self._update_lessons(batch)
+                values |= self._update_or_forget(batch)
                 for lesson in batch:
                     lesson.ballot.updates += 1
         self._replan(useful)
@@ -209,13 +223,12 @@ class Learner:
         taught = [query for query in queries if query.id in new]
         return StepMetrics(len(queries), len(taught), values), taught
 
-    def _remember(self, query: Query) -> bool:
+    def _remember(self, query: Query, worth: Mapping[str, float]) -> bool:
         views = safe_views(query.question)
-        measured = self._asked % MEASURE_EVERY == 0 or not self._information
+        measured = self._asked % MEASURE_EVERY == 0 or self._asked < MEASURED or not worth
         self._asked += 1
         if not measured:
-            known = sorted(views[1:], key=lambda view: -self._information.get(view, 0.0))
-            views = views[:1] + known[: self.config.num_views - 1]
+            views = views[:1] + _best(views[1:], worth)[: self.config.num_views - 1]
         config = self.config
         ballot = cast_ballot(
             self.policy, query, views, config.num_rollouts, config.max_tokens, self._generator, measured
@@ -275,9 +288,18 @@ class Learner:
         """Let what would be published now vote beside the reference."""
         self.propose()
         for ballot in ballots:
-            known = sorted(ballot.scores, key=lambda view: -self._information.get(view, 0.0))
+            known = _best(ballot.scores, self.memory.worth()[has_few_answers(ballot.query)])
             vote_again(self.policy, ballot, known[: self.config.num_views // 2])
+            self._revoted.append(ballot)
         self.proceed()
+
+    def _update_or_forget(self, lessons: list[Lesson]) -> dict[str, float]:
+        """One gradient step; when it fails, nobody knows which of the remembered queries it was."""
+        try:
+            return self._update_lessons(lessons)
+        except Exception:
+            self.forget()
+            raise
 
     def _update_lessons(self, lessons: list[Lesson]) -> dict[str, float]:
         """One gradient step on a few lessons, packed into one pass where the family allows it."""
@@ -296,8 +318,11 @@ class Learner:
         losses, divergences = [], []
         for lesson, view, best, target, logprobs in zip(lessons, views, chosen, targets, scored, strict=True):
             # Reward q/p where there are votes and 0 for any other answer: the sum over all answers of
-            # p * reward * grad log p is q * grad log p over the voted ones.
-            loss = -(target.to(logprobs.device) * logprobs).sum()
+            # p * reward * grad log p is q * grad log p over the voted ones. Among these, p is the adapter's answer
+            # times how often the stream shows it (logit adjustment, arXiv 2007.07314): what is learned is to tell
+            # images apart, and not which answers are common.
+            among = (logprobs + lesson.prior[best].to(logprobs.device)).log_softmax(-1)
+            loss = -(target.to(logprobs.device) * among).sum() - logprobs.logsumexp(-1)
             own = logprobs.log_softmax(-1)
             reference = lesson.ballot.scores[view][best].log_softmax(-1).to(own.device)
             divergence = (own.exp() * (own - reference)).sum()
@@ -315,17 +340,16 @@ class Learner:
         others = [view for view in ballot.observations if view != SAME]
         if not others or torch.rand((), generator=self._generator) < 0.5:
             return SAME
-        weights = view_weights({view: self._information.get(view, 0.0) for view in others})
+        worth = self.memory.worth()[has_few_answers(ballot.query)]
+        weights = view_weights({view: worth.get(view, 0.0) for view in others})
         draw = torch.multinomial(torch.tensor([*weights.values()]), 1, generator=self._generator)
         return others[int(draw)]
 
     # --- one group of rollouts at a time -------------------------------------------------------------
 
-    def _roll_out(self, query: Query, version: int) -> Group:
+    def _roll_out(self, query: Query) -> Group:
         config = self.config
-        return roll_out(
-            self.policy, query, config.num_rollouts, config.max_tokens, self._generator, version, config.exact
-        )
+        return roll_out(self.policy, query, config.num_rollouts, config.max_tokens, self._generator, config.exact)
 
     def _teaches(self, group: Group) -> bool:
         """Enough valid answers, agreement within the band, and advantages that are not all zero."""
@@ -381,6 +405,10 @@ class Learner:
         divergence = kl_penalty(logprobs, reference, weights, tokens)
         torch.autograd.backward(share * (loss + config.kl_coefficient * divergence))
         return float(divergence.detach())
+
+
+def _best(views: Iterable[str], worth: Mapping[str, float]) -> list[str]:
+    return sorted(views, key=lambda view: -worth.get(view, 0.0))
 
 
 def _describe(groups: list[Group]) -> dict[str, float]:

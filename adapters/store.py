@@ -262,7 +262,7 @@ class AdapterStore:
             return self._move_live(version, expected_generation)
 
     def rollback(self, to: int | None = None, expected_generation: int | None = None) -> Alias:
-        """Move `live` back to an existing version, by default to `last-good`.
+        """Move `live` back to an existing version, by default to `last-good`, which that version then is.
 
         Raises:
             UnknownVersion, CorruptVersion, AliasMoved: as `promote`.
@@ -270,7 +270,7 @@ class AdapterStore:
         with self._lock():
             target = self.aliases()["last-good"] if to is None else to
             self._verified(target, WEIGHTS)
-            return self._move_live(target, expected_generation, keep_last_good=True)
+            return self._move_live(target, expected_generation, last_good=target)
 
     def snapshot(self, label: str, metadata: dict[str, str] | None = None) -> Manifest:
         """Keep the live weights as a labelled version, with an alias of that label.
@@ -302,9 +302,9 @@ class AdapterStore:
             return made
 
     def num_learned(self) -> int:
-        """Queries that the live version has learned from since it last was the base."""
+        """Queries that the live version has learned from: its own and those of all that it goes back to."""
         number, version = 0, self.live().version
-        while (made := self.manifest(version)).origin not in ("base", "reset") and made.parent is not None:
+        while (made := self.manifest(version)).origin != "base" and made.parent is not None:
             number += len(made.query_ids) if made.origin == "worker" else 0
             version = made.parent
         return number
@@ -401,12 +401,12 @@ class AdapterStore:
         staging.rename(self._path(version))
         _sync(self.folder)
 
-    def _move_live(self, version: int, expected: int | None, keep_last_good: bool = False) -> Alias:
+    def _move_live(self, version: int, expected: int | None, last_good: int | None = None) -> Alias:
         self._expect(expected)
         content = self._read_aliases()
         before = content["aliases"]["live"]
-        if before != version and not keep_last_good:
-            content["aliases"]["last-good"] = before
+        if last_good is not None or before != version:
+            content["aliases"]["last-good"] = before if last_good is None else last_good
         content["aliases"]["live"] = version
         content["generation"] += 1
         if version not in content.setdefault("promoted", [BASE]):

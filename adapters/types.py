@@ -35,7 +35,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Rollouts:
-    """The distinct answers to one query as a weighted set, made by one adapter version.
+    """The distinct answers to one query as a weighted set.
 
     An answer drawn c times out of N weighs c/N. In a closed set there is one rollout per label and its weight
     is the label's probability, so that weighted sums are exact expectations over the policy.
@@ -46,7 +46,6 @@ class Rollouts:
     weights: Tensor  # (M,) sums to 1
     logprobs: Tensor  # (M,) log-probability of each whole sequence when it was made
     num: int | None  # N answers were drawn; None: the weights are exact
-    version: int
 
 
 @dataclass(frozen=True, slots=True)

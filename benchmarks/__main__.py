@@ -1,4 +1,7 @@
-"""Run every benchmark and write benchmarks/RESULTS.md: `python -m benchmarks`."""
+"""Run every benchmark of minutes and write benchmarks/RESULTS.md: `python -m benchmarks`.
+
+`benchmarks.streams` takes hours and is run by its own name.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 HERE = Path(__file__).parent
+LONG = {"streams"}
 
 
 def main() -> None:
-    scripts = sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("__"))
+    scripts = sorted(
+        path.stem for path in HERE.glob("*.py") if not path.stem.startswith("__") and path.stem not in LONG
+    )
     sections = [_header()]
     for name in scripts:
         print(f"== {name}", flush=True)

@@ -108,7 +108,7 @@ def rush(policy: Policy, queries: list[Query], rng: random.Random, learner: Lear
     for lesson in learner.memory.lessons():
         hasty.memory.add(replace(lesson.ballot, updates=0))
     hasty.forget([])
-    hasty.step([], 0)
+    hasty.step([])
     if not hasty.steps:
         raise RuntimeError("nothing to learn from: this would be no sabotage")
 
@@ -140,7 +140,7 @@ def main() -> None:
     refused: Counter[str] = Counter()
     for number in range(options.num):
         queries = stream.batch()
-        learner.step(queries, 0)
+        learner.step(queries)
         gate.remember(queries)
         witnesses = learner.witnesses()
         learner.propose()

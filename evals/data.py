@@ -153,8 +153,12 @@ def _read_pictures(folder: Path, question: str, labels: tuple[str, ...]) -> list
 def _read_lines(
     path: Path, kind: type[_Line] = _AnsweredLine, question: str = "", labels: tuple[str, ...] = ()
 ) -> list[Item]:
+    try:
+        texts = path.read_text().split("\n")
+    except UnicodeDecodeError as error:
+        raise BadData(f"{path} is neither a folder nor a JSONL file in UTF-8") from error
     items = []
-    for number, text in enumerate(path.read_text().split("\n"), start=1):
+    for number, text in enumerate(texts, start=1):
         if not text.strip():
             continue
         try:
@@ -164,6 +168,8 @@ def _read_lines(
         except ValidationError as error:
             first = error.errors()[0]
             raise BadData(f"{path}:{number}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        if len(set(line.candidate_labels)) < len(line.candidate_labels):
+            raise BadData(f"{path}:{number}: candidate_labels names a label twice")
         truth = line.answer if isinstance(line, _AnsweredLine) else None
         if truth is not None and line.candidate_labels and truth not in line.candidate_labels:
             raise BadData(f"{path}:{number}: the answer is not one of candidate_labels")

@@ -246,7 +246,7 @@ def sample_answers(policy: Policy, settings: Settings) -> AnswerFacts:
     with policy.reference():
         for question, wanted in fits.items():
             for probe in _probes(question):
-                group = roll_out(policy, probe, ROLLOUTS, settings.max_answer_tokens, generator, 0)
+                group = roll_out(policy, probe, ROLLOUTS, settings.max_answer_tokens, generator)
                 valid.append(group.votes.valid)
                 shares[question].append(sum(p for a, p in group.votes.by_answer.items() if a in (wanted or {a})))
                 for tokens, weight in zip(group.rollouts.tokens, group.rollouts.weights.tolist(), strict=True):
@@ -385,7 +385,7 @@ def _try_step(policy: Policy, settings: Settings, answer_s: float) -> tuple[floa
     learner = Learner(policy, config, SLOT)
     learner.truths = {query.id: COLORS[(n + 1) % len(COLORS)] for n, query in enumerate(queries) if query.labels}
     peak, began = _Peak(policy.family.device), time.perf_counter()
-    learner.step(queries, 0)
+    learner.step(queries)
     seconds, megabytes = time.perf_counter() - began, peak.growth_mb()
     torch.set_num_threads(settings.serve_threads)
     policy.load(SLOT, policy.zero_weights())
@@ -411,7 +411,7 @@ def _weigh_data(policy: Policy, settings: Settings, name: str, queries: list[Que
     learner.memory.max_bytes = 2**62  # what takes room is dropped below: nothing is learned here
     for start in range(0, len(queries), CHUNK):
         say(f"voting on {name}: {start} of {len(queries)}")
-        learner.step(queries[start : start + CHUNK], 0)
+        learner.step(queries[start : start + CHUNK])
         for lesson in learner.memory.lessons():
             lesson.ballot.observations = {}
     ballots = [lesson.ballot for lesson in learner.memory.lessons()]

@@ -24,7 +24,6 @@ from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
 from servetune.evals.data import Item, Split
-from servetune.server.buffer import Delivery
 from servetune.server.lockstep import ListStream, list_worker, lock_step
 from servetune.server.settings import Settings
 
@@ -54,15 +53,6 @@ class Run:
     cpu_s: float = 0.0
 
 
-class _StrictStream(ListStream):
-    """Nothing may fail unseen: the figures would be those of other data."""
-
-    def release(self, deliveries: Sequence[Delivery], *, failed: bool = False) -> None:
-        if failed:
-            raise RuntimeError("a step failed during the evaluation")
-        super().release(deliveries)
-
-
 class Scorer:
     """Answers items with one slot of a policy; what the frozen model answers is kept."""
 
@@ -70,7 +60,7 @@ class Scorer:
         self._policy = policy
         self._max_tokens = max_tokens
         self._question = default_question
-        self._frozen: dict[str, Reply] = {}
+        self._frozen: dict[Item, Reply] = {}  # by item: two data sets may use the same id
 
     @torch.no_grad()
     def pairs(
@@ -95,11 +85,10 @@ class Scorer:
     def _pairs(self, items: list[Item], temperature: float) -> list[tuple[Reply, Reply]]:
         self._policy.use(None)
         seen = [self._policy.observe(item.query(self._question)) for item in items]
-        if any(item.id not in self._frozen for item in items):
-            replies = self._replies(None, items, seen, 1.0)
-            self._frozen |= {item.id: reply for item, reply in zip(items, replies, strict=True)}
+        if any(item not in self._frozen for item in items):
+            self._frozen |= zip(items, self._replies(None, items, seen, 1.0), strict=True)
         adapted = self._replies(LIVE, items, seen, temperature)
-        return [(self._frozen[item.id], reply) for item, reply in zip(items, adapted, strict=True)]
+        return [(self._frozen[item], reply) for item, reply in zip(items, adapted, strict=True)]
 
     def _replies(
         self, slot: str | None, items: list[Item], seen: list[Observation], temperature: float
@@ -149,7 +138,7 @@ def run(
     began = time.process_time()
     made = Run()
     with tempfile.TemporaryDirectory() as home:
-        stream = _StrictStream()
+        stream = ListStream()
         store = _store(policy, Path(home))
         worker = list_worker(settings.model_copy(update={"home": Path(home)}), policy, store, stream)
         worker.learner.truths = truths or {}
@@ -166,7 +155,8 @@ def run(
                 progress(len(items))
 
         for _ in lock_step(worker, stream, asked()):
-            pass
+            if worker.failures:  # unseen, the figures would be those of other data
+                raise RuntimeError("a step failed during the evaluation: see the log above")
         worker.finish()
         _note(made, stream, len(split.learn))
         temperature = _temperature(store)

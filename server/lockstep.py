@@ -68,6 +68,6 @@ def lock_step(worker: Worker, stream: ListStream, batches: Iterable[Sequence[Que
         while stream.waiting:
             worker.turn()
             yield
-    while worker.learner.unfinished:
+    while stream.waiting or worker.learner.unfinished:  # a failed turn gives its queries back
         worker.turn()
         yield

@@ -21,7 +21,7 @@ from servetune.adapters.gate import Gate
 from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import AdapterStore, Alias, AliasMoved, Draft, StoreError, version_name
+from servetune.adapters.store import AdapterStore, AliasMoved, CorruptVersion, Draft, StoreError, version_name
 from servetune.adapters.types import BASE, StepMetrics, Verdict
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
@@ -32,7 +32,6 @@ SLOTS = ("candidate", "live")
 POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
 RETRY_S = 2.0  # after Redis or the disk failed
 RETREATS = 3
-NOWHERE = Alias(BASE, -1)  # never equal to what is live, so the next turn follows anew
 
 log = structlog.get_logger()
 
@@ -63,10 +62,13 @@ class Worker:
         self._gate = Gate(policy, max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
         self._leased: list[Delivery] = []  # everything taken and not settled
+        self.failures = 0  # steps
         self._first_step = 0
         self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
-        self._live = self._follow()
+        self._adrift = False  # a turn broke off, and the candidate with it
+        self._live = self._store.live()
+        self._follow()
 
     def run(self, stop: threading.Event) -> None:
         """Turn until `stop` is set; then give back what is unfinished."""
@@ -75,11 +77,11 @@ class Worker:
             while not stop.is_set():
                 try:
                     self.turn()
-                except (BufferUnavailable, StoreError, OSError) as error:
-                    # Nothing was settled, so the queries come back when their leases run out.
+                except (BufferUnavailable, StoreError, OSError, RuntimeError) as error:
+                    # What was not settled comes back when its lease runs out.
                     log.error("turn_failed", error=type(error).__name__, detail=str(error))
                     self._status = self._status.model_copy(update={"state": "degraded", "error": str(error)})
-                    self._leased, self._held, self._live = [], [], NOWHERE
+                    self._leased, self._held, self._adrift = [], [], True
                     stop.wait(RETRY_S)
         with suppress(BufferUnavailable):
             self._stream.release(self._leased)
@@ -90,8 +92,7 @@ class Worker:
             self._report("paused")
             self._stop.wait(POLL_S)
             return
-        if self._store.live() != self._live:
-            self.learner.forget()  # what another line was taught is no part of this one
+        if self._adrift or self._store.live() != self._live:
             self._give_back()
         batch = self._gather()
         if batch:
@@ -144,9 +145,11 @@ class Worker:
         if not batch:
             return True
         try:
-            metrics, taught = self.learner.step([d.query for d in batch], self._live.version)
+            metrics, taught = self.learner.step([d.query for d in batch])
+            self._gate.remember([d.query for d in batch])
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
             log.error("step_failed", error=type(error).__name__, queries=len(batch))
+            self.failures += 1
             self._leased = [d for d in self._leased if d not in batch]
             self._stream.release(batch, failed=True)
             self.learner.forget(d.query.id for d in batch)
@@ -156,16 +159,15 @@ class Worker:
         ids = {query.id for query in taught}
         self._settle([d for d in batch if d.query.id not in ids], "no_signal")
         self._held += [d for d in batch if d.query.id in ids]
-        self._gate.remember([d.query for d in batch])
         return True
 
     def _replay(self) -> bool:
-        """Steps on what is remembered. False when one failed; then the memory is dropped with the candidate."""
+        """Steps on what is remembered. False when one failed; then the candidate is dropped with the memory."""
         try:
-            self._note_step(self.learner.step([], self._live.version)[0])
-        except Exception as error:  # nobody knows which of them it was
+            self._note_step(self.learner.step([])[0])
+        except Exception as error:
             log.error("step_failed", error=type(error).__name__, queries=0)
-            self.learner.forget()
+            self.failures += 1
             self._give_back()
             return False
         return True
@@ -220,7 +222,9 @@ class Worker:
                 origin="worker",
                 parent=self._live.version,
                 probe=self._policy.probe(),
-                temperature=verdict.metrics.get("temperature", 1.0),
+                temperature=verdict.metrics.get(
+                    "temperature", self._store.manifest(self._live.version).temperature
+                ),
                 generation=self._live.generation,
                 step_range=(self._first_step + 1, self.learner.steps),
                 query_ids=tuple(d.query.id for d in self._held),
@@ -230,7 +234,7 @@ class Worker:
         )
         self._promote(made.version, self._live.generation)
         self._policy.load(SLOTS[1], weights)
-        self.learner.proceed()
+        self.learner.accept()
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
@@ -239,19 +243,33 @@ class Worker:
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
         """After a refusal: does what is live still pass? Images change, and what was learned may not fit them."""
-        verdict = self._gate.judge(witnesses)  # the candidate is what is live
-        if verdict.accepted or self._live.version == BASE:
+        if self._live.version == BASE:
+            return
+        self.learner.propose()  # the candidate is what is live
+        verdict = self._gate.judge(witnesses, convict=True)
+        self.learner.proceed()
+        if verdict.accepted:
             return
         target = self._store.aliases()["last-good"]
-        self.learner.load(self._store.weights(target), {})
-        if target == self._live.version or not self._gate.judge(witnesses).accepted:
+        if target == self._live.version or not self._still_passes(target, witnesses):
             target = BASE
         with suppress(AliasMoved):  # the operator's act wins
-            self._store.rollback(target, self._live.generation)
+            # The same line goes on, so what is remembered of it stays.
+            self._live = self._store.rollback(target, self._live.generation)
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
             self._audit.append("adapter_rolled_back", "worker", None, details)
             log.warning("rolled_back", version=version_name(target), reasons=verdict.reasons)
-        self._live = self._follow()
+        self._follow()
+
+    def _still_passes(self, version: int, witnesses: Sequence[Lesson]) -> bool:
+        """Whether a version would pass if it were live; both slots are overwritten."""
+        try:
+            weights = self._store.weights(version)
+        except CorruptVersion:
+            return False
+        for slot in SLOTS:
+            self._policy.load(slot, weights)
+        return self._gate.judge(witnesses, convict=True).accepted
 
     def _reset_when_due(self) -> None:
         """Start from the base again after so many queries, where the settings say so."""
@@ -262,8 +280,7 @@ class Worker:
             made = self._store.reset(expected_generation=self._live.generation)
             self._audit.append("adapter_reset", "worker", None, {"version": version_name(made.version)})
             log.info("reset", version=version_name(made.version))
-            self.learner.forget()
-        self._live = self._follow()
+        self._follow()
 
     def _finish_promotion(self) -> None:
         """Promote what was published for the present `live` when a crash or a full disk came between."""
@@ -276,25 +293,23 @@ class Worker:
                 self._promote(version, live.generation)
                 return
 
-    def _follow(self) -> Alias:
+    def _follow(self) -> None:
         """Continue from what is live now, with its optimizer where it was kept."""
         self._finish_promotion()
         live = self._store.live()
+        if live != self._live:
+            self.learner.forget()  # what another line was taught is no part of this one
+        self._live = live
         weights = self._store.weights(live.version)
         self._policy.load(SLOTS[1], weights)
         self.learner.load(weights, self._store.optimizer(live.version))
         self._first_step = self.learner.steps
-        return live
 
     def _give_back(self) -> None:
         """Drop the candidate and return its queries to the buffer."""
         self._stream.release(self._leased)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Drop the candidate and go on from what is live."""
-        self._leased, self._held = [], []
-        self._live = self._follow()
+        self._leased, self._held, self._adrift = [], [], False
+        self._follow()
 
     # --- book-keeping --------------------------------------------------------------------------------
 

@@ -94,6 +94,7 @@ def test_jsonl_is_read_relative_to_itself(folder: Path) -> None:
         ({"image": "dog/9.png", "question": "?", "answer": "dog"}, "no image dog/9.png"),
         ({"image": "dog/0.png", "answer": "dog"}, "question is needed"),
         ({"image": "dog/0.png", "answer": "dog", "candidate_labels": ["a", "b"]}, "not one of"),
+        ({"image": "dog/0.png", "answer": "dog", "candidate_labels": ["dog", "dog"]}, "names a label twice"),
     ],
 )
 def test_a_bad_line_is_named(folder: Path, record: dict[str, Any], complaint: str) -> None:
@@ -106,11 +107,26 @@ def test_a_bad_line_is_named(folder: Path, record: dict[str, Any], complaint: st
 def test_what_is_no_data_is_refused(tmp_path: Path, folder: Path) -> None:
     with pytest.raises(BadData, match="neither a folder"):
         read(tmp_path / "missing")
+    with pytest.raises(BadData, match="nor a JSONL file in UTF-8"):
+        read(folder / "dog" / "0.png")
     with pytest.raises(BadData, match="at least two labels"):
         read(folder / "dog")
     (folder / "empty").mkdir()
     with pytest.raises(BadData, match="holds no image"):
         read(folder)
+
+
+def test_what_the_frozen_model_answers_is_kept_by_item_and_not_by_name() -> None:
+    """Two data sets may name their files alike."""
+    model = command.Model.load("nano")
+    model.policy.load("live", model.policy.zero_weights())
+    castle, banana = (Image.open(EXAMPLES / f"{name}.png").convert("RGB") for name in ("castle", "banana"))
+    shown = [
+        Item("0.png", "0.png", lambda picture=picture: picture, "", "castle", NAMES)
+        for picture in (castle, banana)
+    ]
+    replies = [model.scorer.pairs([item], 1.0)[0] for item in shown]
+    assert [(frozen.right, adapted.right) for frozen, adapted in replies] == [(True, True), (False, False)]
 
 
 def test_a_broken_image_is_named(folder: Path) -> None:

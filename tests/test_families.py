@@ -137,7 +137,7 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     made.load("candidate", made.zero_weights())
     config = LearnerConfig.named("frequency", learning_rate=1e-2, agreement=(0, 1), min_valid=0, max_tokens=4)
     learner = Learner(made, config)
-    metrics, taught = learner.step([query(1), query(2, labels=("red", "green cat", "blue dog"))], version=0)
+    metrics, taught = learner.step([query(1), query(2, labels=("red", "green cat", "blue dog"))])
     assert metrics.informative == len(taught) >= 1
     made.use("candidate")
     probe = made.probe()

@@ -88,7 +88,7 @@ def test_one_answer_to_everything_is_a_collapse(policy: Policy) -> None:
 def test_witnesses_that_the_candidate_contradicts_refuse_it(policy: Policy) -> None:
     """Votes on untaught queries: a candidate that finds them less likely than the base does is not served."""
     learner = Learner(policy, LearnerConfig(min_valid=0, agreement=(0, 1), memory_size=256))
-    learner.step([query(seed, labels=LABELS) for seed in range(104)], 0)
+    learner.step([query(seed, labels=LABELS) for seed in range(104)])
     witnesses = learner.witnesses()
     assert len(witnesses) == 13
     assert all(lesson.ballot.updates == 0 for lesson in witnesses)
@@ -107,3 +107,14 @@ def test_witnesses_that_the_candidate_contradicts_refuse_it(policy: Policy) -> N
     assert not verdict.accepted
     assert any(reason.startswith("witness_base") for reason in verdict.reasons)
     assert made.judge(witnesses[:5]).accepted, "few witnesses are not heard"
+
+
+def test_what_is_live_is_convicted_only_beyond_doubt(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bad as 0.06 nats with a standard error of 0.04 refuses a candidate; what is live stays until 0.1."""
+    wide = Limits(max_kl_base=1e9, max_kl_step=1e9, min_valid=0, min_distinct=0, min_unshown=0, max_surer=1e9)
+    made = Gate(policy, wide, max_tokens=4)
+    for distance, stays in ((-0.06, True), (-0.1, False)):
+        heard = {"witness_base": distance, "witness_live": 0.0, "witness_error": 0.04, "surer": 0.0}
+        monkeypatch.setattr(Gate, "_hear", lambda *_, heard=heard: heard)
+        assert not made.judge().accepted
+        assert made.judge(convict=True).accepted == stays

@@ -104,7 +104,7 @@ def test_rewards_and_advantages_by_hand(
 ) -> None:
     """Eight answers: five say a, two say b, one says nothing. The sum of squared deviations is over all eight."""
     weights = torch.tensor([5, 2, 1]).double() / 8
-    votes = count_votes(Rollouts(((1,), (2,), (3,)), ("a", "b", ""), weights, torch.zeros(3), 8, 0))
+    votes = count_votes(Rollouts(((1,), (2,), (3,)), ("a", "b", ""), weights, torch.zeros(3), 8))
     assert REWARDS[reward](votes) == list(values)
     rewards = torch.tensor(REWARDS[reward](votes), dtype=torch.float64)
     expected = torch.tensor(deviations, dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_a_step_of_the_paper_is_trl_on_repeated_answers(
     config = LearnerConfig.named("ttrv", num_rollouts=12, max_tokens=4, per_token=per_token)
     learner = Learner(policy, config)
     policy.use("candidate")
-    group = learner._roll_out(query(labels=labels), 0)
+    group = learner._roll_out(query(labels=labels))
     learner._accumulate(group, 1.0)
     found = {key: value.grad for key, value in policy.parameters("candidate").items()}
     for parameter in policy.parameters("candidate").values():

@@ -169,11 +169,11 @@ def test_nothing_to_learn_is_said(folder: Path, home: Path) -> None:
 def test_a_query_that_fails_twice_is_dropped(folder: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step, poison = Learner.step, []
 
-    def fails(self: Learner, queries: Any, version: int) -> Any:
+    def fails(self: Learner, queries: Any) -> Any:
         poison[:] = poison or [queries[0].id]
         if any(each.id in poison for each in queries):
             raise RuntimeError("out of memory")
-        return step(self, queries, version)
+        return step(self, queries)
 
     monkeypatch.setattr(Learner, "step", fails)
     told = taught(folder, home)

@@ -14,7 +14,7 @@ def rollouts(counts: dict[str, int]) -> Rollouts:
     num = sum(counts.values())
     weights = torch.tensor([count / num for count in counts.values()])
     tokens = tuple((index,) for index in range(len(counts)))
-    return Rollouts(tokens, tuple(counts), weights, torch.zeros(len(counts)), num, version=0)
+    return Rollouts(tokens, tuple(counts), weights, torch.zeros(len(counts)), num)
 
 
 def test_shares_entropy_and_validity() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ def generator() -> torch.Generator:
 
 
 def test_label_rollouts_are_the_exact_distribution(policy: Policy) -> None:
-    group = roll_out(policy, query(labels=LABELS), 32, 4, generator(), version=3)
+    group = roll_out(policy, query(labels=LABELS), 32, 4, generator())
     assert group.rollouts.answers == LABELS
     assert group.rollouts.num is None
     assert float(group.rollouts.weights.sum()) == pytest.approx(1.0)
@@ -29,15 +30,15 @@ def test_label_rollouts_are_the_exact_distribution(policy: Policy) -> None:
 
 
 def test_drawn_labels_converge_to_the_exact_distribution(policy: Policy) -> None:
-    exact = roll_out(policy, query(labels=LABELS), 1, 4, generator(), 0)
-    drawn = roll_out(policy, query(labels=LABELS), 20_000, 4, generator(), 0, exact=False)
+    exact = roll_out(policy, query(labels=LABELS), 1, 4, generator())
+    drawn = roll_out(policy, query(labels=LABELS), 20_000, 4, generator(), exact=False)
     shares = dict(zip(drawn.rollouts.answers, drawn.rollouts.weights.tolist(), strict=True))
     for label, weight in zip(LABELS, exact.rollouts.weights.tolist(), strict=True):
         assert shares.get(label, 0.0) == pytest.approx(weight, abs=0.015)
 
 
 def test_cut_answers_are_invalid(policy: Policy) -> None:
-    group = roll_out(policy, query(), 16, 2, generator(), 0)
+    group = roll_out(policy, query(), 16, 2, generator())
     ended = {tokens[-1] in policy.family.end_tokens for tokens in group.rollouts.tokens}
     assert ended == {False} or group.votes.valid < 1
     for tokens, answer in zip(group.rollouts.tokens, group.rollouts.answers, strict=True):
@@ -48,12 +49,12 @@ def test_a_step_raises_the_probability_of_the_majority(policy: Policy) -> None:
     stir(policy, "candidate", std=0.05)
     learner = Learner(policy, OPEN)
     asked = query(labels=tuple("abcdefgh"))
-    before = roll_out(policy, asked, 32, 4, generator(), 0).votes.majority
+    before = roll_out(policy, asked, 32, 4, generator()).votes.majority
     assert before < 0.9
     for _ in range(5):
-        metrics, taught = learner.step([asked], version=0)
+        metrics, taught = learner.step([asked])
     policy.use("candidate")
-    after = roll_out(policy, asked, 32, 4, generator(), 0).votes.majority
+    after = roll_out(policy, asked, 32, 4, generator()).votes.majority
     assert taught == [asked]
     assert metrics.informative == 1
     assert after > before
@@ -67,7 +68,7 @@ def test_a_step_raises_the_probability_of_the_majority(policy: Policy) -> None:
 def test_no_signal_no_change(policy: Policy, config: LearnerConfig) -> None:
     learner = Learner(policy, config)
     before = learner.state()
-    metrics, taught = learner.step([query(), query(1, labels=LABELS)], version=0)
+    metrics, taught = learner.step([query(), query(1, labels=LABELS)])
     after = learner.state()
     assert (metrics.informative, taught, learner.steps) == (0, [], 0)
     assert after[1] == before[1] == {}
@@ -76,9 +77,9 @@ def test_no_signal_no_change(policy: Policy, config: LearnerConfig) -> None:
 
 def test_state_and_load_are_inverse(policy: Policy) -> None:
     learner = Learner(policy, OPEN)
-    learner.step([query(labels=LABELS)], 0)
+    learner.step([query(labels=LABELS)])
     kept = learner.state()
-    learner.step([query(1, labels=LABELS)], 0)
+    learner.step([query(1, labels=LABELS)])
     changed = learner.state()
     learner.load(*kept)
     again = learner.state()
@@ -91,7 +92,7 @@ def test_state_and_load_are_inverse(policy: Policy) -> None:
 def test_the_reference_is_never_moved(policy: Policy) -> None:
     with policy.reference():
         before = policy.probe()
-    Learner(policy, OPEN).step([query(labels=LABELS)], 0)
+    Learner(policy, OPEN).step([query(labels=LABELS)])
     with policy.reference():
         assert policy.probe() == before
 
@@ -102,7 +103,7 @@ def test_the_reference_is_never_moved(policy: Policy) -> None:
 )
 def test_every_learner_runs(policy: Policy, learner: str) -> None:
     config = LearnerConfig.named(learner, num_rollouts=8, max_tokens=3, learning_rate=1e-3)
-    metrics, _ = Learner(policy, config).step([query(), query(1, labels=LABELS)], 0)
+    metrics, _ = Learner(policy, config).step([query(), query(1, labels=LABELS)])
     assert metrics.groups == 2
     assert all(math.isfinite(value) for value in metrics.values.values())
 
@@ -121,3 +122,45 @@ def test_a_retreat_goes_half_of_the_way_back(policy: Policy) -> None:
     learner.retreat(start)
     for key, value in policy.weights("candidate").items():
         torch.testing.assert_close(value, (start[key] + far[key]) / 2)
+
+
+def test_a_share_of_the_learned_change_is_published_and_steps_go_on_from_all_of_it(policy: Policy) -> None:
+    policy.load("candidate", policy.zero_weights())
+    learner = Learner(policy, replace(OPEN, mixing=0.5, average=0.0))
+    for _ in range(3):
+        learner.step([query(labels=tuple("abcdefgh"))])
+    ahead = policy.weights("candidate")
+    learner.propose()
+    published, moments = learner.state()
+    for key, value in changes(published).items():
+        torch.testing.assert_close(value, 0.5 * changes(ahead)[key])
+    learner.accept()
+    assert_same(policy.weights("candidate"), ahead)
+    stir(policy, "candidate", std=0.1)
+    learner.load(published, moments)
+    assert_same(policy.weights("candidate"), ahead)
+    learner.propose()
+    assert_same(policy.weights("candidate"), published)
+
+
+def changes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What an adapter adds to each matrix of the base, without LoRA's scale."""
+    return {key: weights[key.replace("lora_A", "lora_B")] @ a for key, a in weights.items() if "lora_A" in key}
+
+
+def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key])
+
+
+def test_a_retreat_from_a_share_keeps_the_share(policy: Policy) -> None:
+    stir(policy, "candidate", std=0.05)
+    learner = Learner(policy, replace(OPEN, mixing=0.5))
+    learner.propose()
+    far = policy.weights("candidate")
+    learner.retreat(policy.zero_weights())
+    half = policy.weights("candidate")
+    learner.accept()
+    learner.propose()
+    assert_same(policy.weights("candidate"), half)
+    assert any(not torch.equal(half[key], value) for key, value in far.items())

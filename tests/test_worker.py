@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ import torch
 
 from servetune.adapters.gate import Gate
 from servetune.adapters.policy import Policy
-from servetune.adapters.store import AdapterStore
+from servetune.adapters.store import WEIGHTS, AdapterStore, version_name
 from servetune.adapters.types import Verdict
 from servetune.server.audit import AuditLog
-from servetune.server.buffer import LEDGER, OUTCOMES, QueryStream
+from servetune.server.buffer import LEDGER, OUTCOMES, BufferUnavailable, QueryStream
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.worker import Worker
@@ -160,19 +161,84 @@ async def test_what_no_longer_passes_is_rolled_back(
         assert (store.live().version, store.aliases()["last-good"]) == (2, 1)
         judged = []
 
-        def judge(self: Gate, *_: Any) -> Verdict:
-            judged.append(self.policy.weights("candidate"))
+        def judge(self: Gate, *_: Any, convict: bool = False) -> Verdict:
+            assert convict == bool(judged), "only what was live gets the benefit of the doubt"
+            judged.append((self.policy.weights("candidate"), self.policy.weights("live")))
             passed = verdicts[len(judged) - 1]
             return Verdict(passed, () if passed else ("worse 1 is above 0",), {})
 
         monkeypatch.setattr(Gate, "judge", judge)
+        forgotten = []
+        monkeypatch.setattr(worker.learner, "forget", lambda ids=None: forgotten.append(ids))
         worker.turn()
-    assert store.live().version == live
+        assert None not in forgotten, "its own rollback stays on the same line"
+    assert (store.live().version, store.aliases()["last-good"]) == (live, min(live, 1))
     assert len(judged) == len(verdicts)
-    for version, weights in zip((2, 1), judged[1:], strict=False):
-        assert all(torch.equal(weights[key], value) for key, value in store.weights(version).items())
+    for version, slots in zip((2, 1), judged[1:], strict=False):
+        for weights in slots:  # as if it were live
+            assert all(torch.equal(weights[key], value) for key, value in store.weights(version).items())
     events = [entry.event for entry in AuditLog(settings.path("audit.jsonl")).page()[0]]
     assert events.count("adapter_rolled_back") == (live != 2)
+
+
+async def test_a_damaged_last_good_is_not_gone_back_to(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url, 3 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.turn()
+        worker.turn()
+        (store.folder / version_name(1) / WEIGHTS).write_bytes(b"damaged")
+        monkeypatch.setattr(Gate, "judge", lambda *_, **__: Verdict(False, ("worse 1 is above 0",), {}))
+        worker.turn()
+    assert (store.live().version, store.aliases()["last-good"]) == (0, 0)
+
+
+async def test_an_unheard_candidate_keeps_the_temperature_of_what_it_came_from(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url, 2 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        for metrics in ({"temperature": 1.1}, {}):
+            monkeypatch.setattr(Gate, "judge", lambda *_, metrics=metrics: Verdict(True, (), metrics))
+            worker.turn()
+    assert [store.manifest(version).temperature for version in (1, 2)] == [1.1, 1.1]
+
+
+async def test_a_lost_connection_costs_no_memory_and_an_operators_act_does(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    usual = settings.model_copy(update={"learner": "default", "steps_per_candidate": 100})
+    await ask(settings, valkey.url)
+    with at_work(usual, policy, store, valkey.url) as worker:
+        worker.turn()
+        assert len(worker.learner.memory) == BATCH
+        stop = threading.Event()
+
+        def lost(*_: Any) -> Any:
+            stop.set()
+            monkeypatch.undo()
+            raise BufferUnavailable("gone")
+
+        monkeypatch.setattr(QueryStream, "take", lost)
+        worker.run(stop)
+        worker.turn()
+        assert len(worker.learner.memory) == BATCH
+        store.reset()
+        worker.turn()
+        assert len(worker.learner.memory) == 0
 
 
 async def test_a_reset_is_due_after_so_many_queries(
@@ -186,6 +252,8 @@ async def test_a_reset_is_due_after_so_many_queries(
     origins = [store.manifest(version).origin for version in store.versions()]
     assert origins == ["base", "worker", "worker", "reset", "worker", "worker", "reset"]
     assert store.num_learned() == 0
+    store.reset(to=2)
+    assert store.num_learned() == 2 * BATCH
     assert await ledger(settings, valkey.url) == {"trained": 4 * BATCH}
 
 
@@ -274,10 +342,10 @@ async def test_one_bad_query_is_set_aside_and_the_others_are_learned(
     with at_work(settings, policy, store, valkey.url) as worker:
         step = worker.learner.step
 
-        def choke(queries: Any, version: int) -> Any:
+        def choke(queries: Any) -> Any:
             if any(one.id == "q_2" for one in queries):
                 raise RuntimeError("this image breaks the model")
-            return step(queries, version)
+            return step(queries)
 
         monkeypatch.setattr(worker.learner, "step", choke)
         for _ in range(8):
@@ -378,21 +446,24 @@ async def test_a_failing_replay_drops_the_memory_and_loses_nothing(
     valkey: EmbeddedValkey,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await ask(settings, valkey.url)
-    with at_work(settings, policy, store, valkey.url) as worker:
-        monkeypatch.setattr(type(worker.learner), "unfinished", True)
-        step = worker.learner.step
+    await ask(settings, valkey.url, 16)
+    usual = settings.model_copy(update={"learner": "default", "queries_per_step": 16, "steps_per_candidate": 99})
+    with at_work(usual, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(
+            worker.learner, "config", replace(worker.learner.config, min_information=-1.0, agreement=(0, 1))
+        )
+        worker.turn()
+        assert worker.learner.unfinished
+        assert worker.learner.steps > 0
 
-        def fail(queries: Any, version: int) -> Any:
-            if not queries:
-                raise FloatingPointError("the gradient is not finite")
-            return step(queries, version)
+        def fail(*_: Any) -> Any:
+            raise FloatingPointError("the gradient is not finite")
 
-        monkeypatch.setattr(worker.learner, "step", fail)
-        for _ in range(4):
-            worker.turn()
-    counts = await ledger(settings, valkey.url)
-    assert counts == {"trained": BATCH}
+        monkeypatch.setattr(worker.learner, "_update_lessons", fail)
+        worker.turn()
+        assert (worker.failures, len(worker.learner.memory), worker.learner.unfinished) == (1, 0, False)
+        assert all(torch.equal(value, store.weights(0)[key]) for key, value in policy.weights("candidate").items())
+    assert await ledger(settings, valkey.url) == {"left": 16}
 
 
 async def test_a_full_disk_between_publishing_and_promoting_is_made_good(
