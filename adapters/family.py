@@ -10,12 +10,13 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
 TOKEN_CACHE = 65_536  # answers
+MAX_SEEN = 4_000_000  # pixel values in one pass of the vision tower
 
 
 class UnsupportedModel(ValueError):
@@ -60,30 +62,35 @@ class Prompt:
         return int(self.inputs["input_ids"].shape[1])
 
 
-@dataclass(frozen=True, slots=True)
-class TokenTree:
-    """Continuations of a prompt that share their beginnings: M tokens, parents before children."""
-
-    tokens: Tensor  # (M,) ids
-    depths: Tensor  # (M,) 0 right after the prompt
-    visible: Tensor  # (M, M) True where a token sees itself or an ancestor
-
-
 @dataclass(slots=True)
 class Prefix:
-    """A prompt after its forward pass, to be extended by any number of continuations.
+    """Prompts after their forward pass, a cache row each, to be extended by any number of continuations.
 
-    `position` is the position id of the first continued token: M-RoPE families count an image as fewer
-    positions than it has tokens.
+    Rows may be of different lengths; what is cached beyond a prompt is padding. `positions` are the position ids
+    of the first continued tokens: M-RoPE families count an image as fewer positions than it has tokens.
     """
 
     cache: DynamicCache
-    logits: Tensor  # (1, V) after the last prompt token, float32
-    length: int
-    position: int
+    logits: Tensor  # (B, V) after the last token of each prompt, float32
+    lengths: tuple[int, ...]
+    positions: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """Cached columns."""
+        return max(self.lengths)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cached keys and values."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+
+    def seen(self) -> Tensor:
+        """(B, width) True on the tokens of each prompt."""
+        return torch.arange(self.width) < torch.tensor(self.lengths)[:, None]
 
     def fork(self) -> DynamicCache:
-        """A cache that shares the prompt's tensors; extending it leaves this prefix untouched."""
+        """A cache that shares the prompts' tensors; extending it leaves this prefix untouched."""
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(layer) for layer in self.cache.layers]
         return cache
@@ -164,9 +171,58 @@ class Family:
 
         They do not depend on a language-model adapter, so one pass serves every version and rollout.
         """
+        return {"image": self._look(prompt.inputs)}
+
+    def see_each(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Vision features of several prompts, in few passes where pixels are alike and the family allows it."""
+        alike: dict[tuple[Any, ...], list[int]] = {}
+        for index, prompt in enumerate(prompts):
+            shapes = ((name, value.shape) for name, value in prompt.inputs.items() if name not in _TEXT)
+            alike.setdefault(tuple(shapes), []).append(index)
+        found: dict[int, dict[str, Any]] = {}
+        for places in alike.values():
+            pixels = max(1, prompts[places[0]].inputs["pixel_values"].numel())
+            size = max(1, MAX_SEEN // pixels) if self._sees_together else 1
+            for start in range(0, len(places), size):
+                part = places[start : start + size]
+                seen = self._see_together([prompts[index] for index in part])
+                found |= zip(part, seen, strict=True)
+        return [found[index] for index in range(len(prompts))]
+
+    def _see_together(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """Features of prompts with pixels of the same shapes, from one pass over all of them."""
+        if len(prompts) == 1:
+            return [self.see(prompts[0])]
+        names = [name for name in prompts[0].inputs if name not in _TEXT]
+        output = self._look({name: torch.cat([prompt.inputs[name] for prompt in prompts]) for name in names})
+        if known := {name for name, value in output.items() if value is not None} - _HIDDEN - {"pooler_output"}:
+            raise ValueError(f"vision features with {', '.join(known)} are not split")
+        size, rest = divmod(len(output.pooler_output), len(prompts))
+        if rest:
+            raise ValueError("vision features cannot be told apart")
+        parts = [output.pooler_output[start * size : (start + 1) * size] for start in range(len(prompts))]
+        return [{"image": type(output)(pooler_output=part)} for part in parts]
+
+    @cached_property
+    def _sees_together(self) -> bool:
+        """Whether images seen together give what each gives alone; tried once."""
+        ramp = PIL.Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+        prompts = [self.prompt([image], "?") for image in (ramp, ramp.rotate(90))]
+        with torch.no_grad():
+            alone = [image_tokens(self.see(prompt)) for prompt in prompts]
+            try:
+                together = [image_tokens(each) for each in self._see_together(prompts)]
+            except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+                return False
+        return all(
+            ours.shape == theirs.shape and torch.allclose(ours, theirs, atol=1e-2, rtol=1e-3)
+            for ours, theirs in zip(together, alone, strict=True)
+        )
+
+    def _look(self, inputs: Mapping[str, Tensor]) -> Any:
         takes = inspect.signature(self.model.get_image_features).parameters
-        inputs = {name: value for name, value in prompt.inputs.items() if name in takes and name not in _TEXT}
-        return {"image": self.model.get_image_features(**inputs, return_dict=True)}
+        given = {name: value for name, value in inputs.items() if name in takes and name not in _TEXT}
+        return self.model.get_image_features(**given, return_dict=True)
 
     def without_pixels(self, prompt: Prompt) -> Prompt:
         """A prompt that can still be prefilled with its features, at a fraction of the memory."""
@@ -186,80 +242,60 @@ class Family:
         output = self.model(
             **inputs,
             mm_encoder_outputs=dict(features),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
         shift = getattr(self.model.base_model, "rope_deltas", None)
         position = prompt.length + (0 if shift is None else int(shift.reshape(-1)[0]))
-        return Prefix(cache, output.logits[:, -1].float(), prompt.length, position)
+        return Prefix(cache, output.logits[:, -1].float(), (prompt.length,), (position,))
+
+    def prefill_each(self, prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Prefix:
+        """One forward pass over several prompts of their own lengths, with their vision features.
+
+        It feeds the decoder directly, with plain positions 0, 1, 2...; `tree.packs` tells which family allows it.
+        """
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        rows = [self._embedded(prompt, features) for prompt, features in prompts]
+        lengths = [len(row) for row in rows]
+        total = max(lengths)
+        # Padding is on the right, where causal attention does not look.
+        inputs = torch.stack([nn.functional.pad(row, (0, 0, 0, total - len(row))) for row in rows])
+        cache = DynamicCache(config=self.model.config.get_text_config())
+        positions = torch.arange(total, device=inputs.device).expand(len(rows), -1)
+        hidden = decoder(inputs_embeds=inputs, position_ids=positions, cache=cache, use_cache=True)
+        last = hidden.last_hidden_state[torch.arange(len(rows)), torch.tensor(lengths) - 1]
+        return Prefix(cache, head(last).float(), tuple(lengths), tuple(lengths))
 
     def extend(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
-        """Feed M further tokens that share one cache row.
+        """Feed M further tokens to each of B cache rows.
 
         Args:
-            tokens: (M,) token ids.
-            positions: (M,) position ids.
-            mask: (M, cached + M) True where a token may look, or None for plain causal attention.
+            tokens: (B, M) token ids.
+            positions: (B, M) position ids.
+            mask: (B, M, cached + M) True where a token may look, or None for plain causal attention.
 
         Returns:
-            (M, V) float32 logits.
+            (B, M, V) float32 logits.
         """
         attention = None
         if mask is not None:
             dtype = self.model.dtype
             attention = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            attention = attention.masked_fill(~mask, torch.finfo(dtype).min)[None, None]
+            attention = attention.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
         output = self.model(
-            input_ids=tokens[None],
+            input_ids=tokens,
             attention_mask=attention,
-            position_ids=positions[None],
-            past_key_values=cache,
+            position_ids=positions,
+            cache=cache,
             use_cache=True,
         )
-        return output.logits[0].float()  # type: ignore[no-any-return]
+        return output.logits.float()  # type: ignore[no-any-return]
 
-    def extend_each(self, prompts: Sequence[tuple[Prompt, dict[str, Any]]], trees: Sequence[TokenTree]) -> Tensor:
-        """Several prompts of their own lengths, each with a tree of continuations, in one pass.
-
-        It feeds the decoder directly, with plain positions 0, 1, 2...; `tree.packs` tells which family allows it.
-
-        Returns:
-            (B, 1 + M, V) float32 logits after each prompt and after each of its M tree tokens, zero where padded.
-        """
-        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
-        rows = [
-            self._embedded(prompt, features, tree) for (prompt, features), tree in zip(prompts, trees, strict=True)
-        ]
-        total = max(len(row) for row in rows)
-        device, dtype = rows[0].device, rows[0].dtype
-        inputs = torch.stack([nn.functional.pad(row, (0, 0, 0, total - len(row))) for row in rows])
-        positions = torch.zeros(len(rows), total, dtype=torch.long)
-        mask = torch.eye(total, dtype=torch.bool).repeat(len(rows), 1, 1)
-        places = torch.zeros(len(rows), 1 + max(len(tree.tokens) for tree in trees), dtype=torch.long)
-        for row, ((prompt, _), tree) in enumerate(zip(prompts, trees, strict=True)):
-            length, end = prompt.length, prompt.length + len(tree.tokens)
-            positions[row, :length] = torch.arange(length)
-            positions[row, length:end] = length + tree.depths
-            mask[row, :length, :length] = torch.ones(length, length, dtype=torch.bool).tril()
-            mask[row, length:end, :length] = True
-            mask[row, length:end, length:end] = tree.visible
-            places[row, : end - length + 1] = torch.arange(length - 1, end)
-        attention = (
-            torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)[:, None].to(device)
-        )
-        hidden = decoder(
-            inputs_embeds=inputs, attention_mask=attention, position_ids=positions.to(device), use_cache=False
-        ).last_hidden_state
-        wanted = places.to(device)[..., None].expand(-1, -1, hidden.shape[-1])
-        return head(hidden.gather(1, wanted)).float()  # type: ignore[no-any-return]
-
-    def _embedded(self, prompt: Prompt, features: dict[str, Any], tree: TokenTree) -> Tensor:
-        """(T, D) input embeddings of a prompt, its image features in place, and its tree."""
-        embed = self.model.get_input_embeddings()
-        ids = prompt.inputs["input_ids"][0]
-        seen = image_tokens(features)
-        embedded = embed(torch.cat([ids, tree.tokens.to(ids.device)]))
+    def _embedded(self, prompt: Prompt, features: dict[str, Any]) -> Tensor:
+        """(P, D) input embeddings of a prompt, its image features in place."""
+        ids, seen = prompt.inputs["input_ids"][0], image_tokens(features)
+        embedded = self.model.get_input_embeddings()(ids)
         where = torch.isin(ids, self.forbidden.to(ids.device)).nonzero()[:, 0]
         if len(where) != len(seen):
             raise ValueError(f"{len(seen)} image features for {len(where)} places")

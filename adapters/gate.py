@@ -70,16 +70,6 @@ class _Replayed:
     base: _View
 
 
-@dataclass(frozen=True, slots=True)
-class _Comparison:
-    """One replayed query: base and candidate beside each other, and how far the candidate has moved."""
-
-    base: _View
-    candidate: _View
-    kl_base: float
-    kl_step: float
-
-
 @dataclass(slots=True)
 class Gate:
     """Judges the `candidate` slot of a policy against the `live` slot and the base.
@@ -103,7 +93,7 @@ class Gate:
     @torch.no_grad()
     def remember(self, queries: Sequence[Query]) -> None:
         """Keep queries for the replay and note which labels the live adapter sees in them."""
-        observations = [self.policy.keep(self.policy.observe(query)) for query in queries]
+        observations = [self.policy.keep(one) for one in self.policy.observe_each(queries)]
         base = self._views(None, queries, observations)
         without_images = [replace(query, images=()) for query in queries]
         self._replay.extend(map(_Replayed, without_images, observations, base))
@@ -148,16 +138,17 @@ class Gate:
         queries, observations = [r.query for r in self._replay], [r.observation for r in self._replay]
         ours = self._views(self.candidate, queries, observations)
         live = self._views(self.live, queries, observations)
-        found = [self._compare(*each) for each in zip(self._replay, ours, live, strict=True)]
-        base = [one.base for one in found]
-        candidate = [one.candidate for one in found]
+        base = [one.base for one in self._replay]
+        closed = [views for views in zip(ours, base, live, strict=True) if views[0].logprobs is not None]
+        moved = [(_divergence(one, of_base), _divergence(one, of_live)) for one, of_base, of_live in closed]
+        moved += self._sampled_divergences([r.observation for r in self._replay if not r.query.labels])
         return {
-            "kl_base": fmean([one.kl_base for one in found] or [0.0]),
-            "kl_step": fmean([one.kl_step for one in found] or [0.0]),
-            "valid": _share(sum(v.valid for v in candidate), sum(v.valid for v in base)),
-            "distinct": _share(_num_distinct(candidate), _num_distinct(base)),
+            "kl_base": fmean([of_base for of_base, _ in moved] or [0.0]),
+            "kl_step": fmean([of_live for _, of_live in moved] or [0.0]),
+            "valid": _share(sum(v.valid for v in ours), sum(v.valid for v in base)),
+            "distinct": _share(_num_distinct(ours), _num_distinct(base)),
             "unshown": self._unshown(),
-            "replay": float(len(found)),
+            "replay": float(len(moved)),
         }
 
     def _hear(self, witnesses: Sequence[Lesson]) -> dict[str, float]:
@@ -191,13 +182,6 @@ class Gate:
         )
         return [logprobs.cpu() for logprobs in scored]
 
-    def _compare(self, one: _Replayed, candidate: _View, live: _View) -> _Comparison:
-        if candidate.logprobs is None:
-            kl_base, kl_step = self._sampled_divergences(one.observation)
-        else:
-            kl_base, kl_step = (_divergence(candidate, other) for other in (one.base, live))
-        return _Comparison(one.base, candidate, kl_base, kl_step)
-
     def _views(
         self, slot: str | None, queries: Sequence[Query], observations: Sequence[Observation]
     ) -> list[_View]:
@@ -208,35 +192,38 @@ class Gate:
         for index, query in enumerate(queries):
             kinds.setdefault(query.labels, []).append(index)
         for labels, places in kinds.items():
+            asked = [observations[index] for index in places]
             if not labels:
-                found |= {index: self._open_view(observations[index]) for index in places}
+                found |= zip(places, self._open_views(asked), strict=True)
                 continue
-            scored = self.policy.likely_labels([observations[index] for index in places], labels)
+            scored = self.policy.likely_labels(asked, labels)
             for index, logprobs in zip(places, scored, strict=True):
                 # How much of its free speech the model spends on the labels is its valid-answer rate.
                 valid = float(logprobs.exp().sum().clamp(max=1.0))
                 found[index] = _View(labels[int(logprobs.argmax())], valid, logprobs.log_softmax(-1))
         return [found[index] for index in range(len(queries))]
 
-    def _open_view(self, observation: Observation) -> _View:
-        prefix = self.policy.begin(observation)
-        sample = tree.sample(self.policy.family, prefix, 1, self.max_tokens, temperature=0.0)[0]
-        answer = canonical(self.policy.family.text(sample.tokens)) if sample.finished else ""
-        return _View(answer, float(bool(answer)))
+    def _open_views(self, observations: Sequence[Observation]) -> list[_View]:
+        """The greedy answers of the active adapter."""
+        family, prefixes = self.policy.family, self.policy.begin_each(observations)
+        views = []
+        for (sample,) in tree.sample_each(prefixes, 1, self.max_tokens, temperature=0.0):
+            answer = canonical(family.text(sample.tokens)) if sample.finished else ""
+            views.append(_View(answer, float(bool(answer))))
+        return views
 
-    def _sampled_divergences(self, observation: Observation) -> tuple[float, float]:
+    def _sampled_divergences(self, observations: Sequence[Observation]) -> list[tuple[float, float]]:
         """KL(candidate || base) and KL(candidate || live) by the k3 estimate over the candidate's answers."""
-        family, generator = self.policy.family, torch.Generator().manual_seed(self.seed)
+        generator = torch.Generator().manual_seed(self.seed)
         self.policy.use(self.candidate)
-        prefix = self.policy.begin(observation)
-        samples = tree.sample(family, prefix, KL_SAMPLES, self.max_tokens, generator=generator)
-        totals = []
+        prefixes = self.policy.begin_each(observations)
+        drawn = tree.sample_each(prefixes, KL_SAMPLES, self.max_tokens, generator=generator)
+        found = []
         for slot in (None, self.live):
             self.policy.use(slot)
-            scored, _ = tree.score(family, self.policy.begin(observation), [s.tokens for s in samples])
-            terms = zip(samples, scored.sum(-1).tolist(), strict=True)
-            totals.append(sum(s.count * _k3(min(logprob - s.logprob, 20.0)) for s, logprob in terms) / KL_SAMPLES)
-        return totals[0], totals[1]
+            scored = self.policy.score_each(observations, [[s.tokens for s in samples] for samples in drawn])
+            found.append(list(map(_estimate, drawn, scored)))
+        return list(zip(*found, strict=True))
 
     def _unshown(self) -> float:
         """Share kept of the probability that images of nothing give to labels not recently seen."""
@@ -281,6 +268,12 @@ def _divergence(ours: _View, theirs: _View) -> float:
         raise TypeError("both views must be of a closed set")
     p = ours.logprobs.exp()
     return float(torch.where(p > 0, p * (ours.logprobs - theirs.logprobs), 0.0).sum())
+
+
+def _estimate(samples: Sequence[tree.Sample], logprobs: Tensor) -> float:
+    """Mean over samples of the k3 estimate, from (M,) log-probabilities that another adapter gives to them."""
+    terms = zip(samples, logprobs.tolist(), strict=True)
+    return sum(s.count * _k3(min(logprob - s.logprob, 20.0)) for s, logprob in terms) / KL_SAMPLES
 
 
 def _k3(difference: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from PIL import Image
 from torch import Tensor
 
@@ -71,8 +72,12 @@ class Policy:
         for slot in slots[1:]:
             self._peft.add_adapter(slot, self.config)
         self._peft.eval()
+        self._layers = [module for module in self._peft.modules() if isinstance(module, BaseTunerLayer)]
         self._slots = {slot: self._parameters_of(slot) for slot in slots}
-        self.active: str | None = slots[0]
+        for parameters in self._slots.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+        self.active: str | None = None
         self.use(slots[0])
 
     def peft_config(self) -> dict[str, Any]:
@@ -85,11 +90,11 @@ class Policy:
 
     def use(self, slot: str | None) -> None:
         """Make a slot the active adapter; None is the untouched base model."""
-        if slot is None:
-            self._peft.base_model.disable_adapter_layers()
-        else:
-            self._peft.base_model.enable_adapter_layers()
-            self._peft.set_adapter(slot)
+        # PEFT's own way also sets `requires_grad` of every parameter of every slot: milliseconds, for each answer.
+        for layer in self._layers:
+            layer._disable_adapters = slot is None
+            if slot is not None:
+                layer._active_adapter = [slot]
         self.active = slot
 
     @contextmanager
@@ -156,11 +161,15 @@ class Policy:
 
     # --- answers -------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def observe(self, query: Query) -> Observation:
         """Process a query's images and question and encode the images."""
-        prompt = self.family.prompt(query.images, query.question)
-        return Observation(prompt, self.family.see(prompt))
+        return self.observe_each([query])[0]
+
+    @torch.no_grad()
+    def observe_each(self, queries: Sequence[Query]) -> list[Observation]:
+        """Several queries, their images encoded in few passes."""
+        prompts = [self.family.prompt(query.images, query.question) for query in queries]
+        return list(map(Observation, prompts, self.family.see_each(prompts)))
 
     def keep(self, observation: Observation) -> Observation:
         """An observation fit to be kept: only what a later pass needs.
@@ -180,11 +189,17 @@ class Policy:
             features = self.family.see(observation.prompt)
         return self.family.prefill(observation.prompt, features)
 
+    def begin_each(self, observations: Sequence[Observation]) -> tree.Prefixes:
+        """Forward several prompts, packed where possible; the adapter must not change while they are used."""
+        features = [one.features for one in observations]
+        if self.spec.part != "language":
+            features = [self.family.see(one.prompt) for one in observations]
+        prompts = [one.prompt for one in observations]
+        return tree.Prefixes(self.family, list(zip(prompts, features, strict=True)))
+
     def score_each(self, observations: Sequence[Observation], sequences: Sequence[Tokens]) -> list[Tensor]:
         """Per observation the (N,) log-probabilities of whole answers, differentiable, packed where possible."""
-        if self.spec.part != "language":
-            observations = [replace(one, features=self.family.see(one.prompt)) for one in observations]
-        return tree.score_each(self.family, [(one.prompt, one.features) for one in observations], sequences)
+        return tree.score_each(self.begin_each(observations), sequences)
 
     @torch.no_grad()
     def likely_labels(self, observations: Sequence[Observation], labels: Sequence[str]) -> Tensor:
@@ -193,21 +208,19 @@ class Policy:
         A label is at most as likely as its first token, so much of a long list is decided without being scored: a
         label whose bound lies LIKELY nats below the best one is put UNLIKELY nats below it.
         """
+        prefixes = self.begin_each(observations)
         tokens = [self.family.tokens(label) for label in labels]
         opening = {own[0]: None for own in tokens}
-        firsts = self.score_each(observations, [[(first,) for first in opening]] * len(observations))
+        firsts = tree.score_each(prefixes, [[(first,) for first in opening]] * len(observations))
         place = {first: column for column, first in enumerate(opening)}
         columns = torch.tensor([place[own[0]] for own in tokens])
         found = torch.stack(firsts).cpu()[:, columns]  # upper bounds
         exact = torch.zeros_like(found, dtype=torch.bool)
         wanted = found >= found.max(-1, keepdim=True).values - LIKELY
         while bool(wanted.any()):
-            rows = wanted.any(-1).nonzero()[:, 0].tolist()
-            chosen = [wanted[row].nonzero()[:, 0].tolist() for row in rows]
-            scored = self.score_each(
-                [observations[row] for row in rows], [[tokens[c] for c in each] for each in chosen]
-            )
-            for row, each, logprobs in zip(rows, chosen, scored, strict=True):
+            chosen = [row.nonzero()[:, 0].tolist() for row in wanted]
+            scored = tree.score_each(prefixes, [[tokens[c] for c in each] for each in chosen])
+            for row, (each, logprobs) in enumerate(zip(chosen, scored, strict=True)):
                 found[row, each] = logprobs.cpu()
                 exact[row, each] = True
             best = torch.where(exact, found, -torch.inf).max(-1, keepdim=True).values

@@ -79,30 +79,26 @@ def cast_ballot(
         looks = {
             name: tuple(look(name, image, query.question, query.id) for image in query.images) for name in views
         }
-        seen = {name: policy.observe(replace(query, images=images)) for name, images in looks.items()}
-        observations = list(seen.values())
+        observations = policy.observe_each([replace(query, images=images) for images in looks.values()])
         if query.labels:
             answers, valid = query.labels, 1.0
             logprobs = policy.likely_labels(observations, answers)  # (V, L)
             tokens = tuple(policy.family.tokens(label) for label in answers)
         else:
-            each = max(2, num // len(observations))
-            drawn = (
-                tree.sample(policy.family, policy.begin(one), each, max_tokens, generator=generator)
-                for one in observations
-            )
+            prefixes = policy.begin_each(observations)
+            drawn = tree.sample_each(prefixes, max(2, num // len(looks)), max_tokens, generator=generator)
             found, valid = distinct_answers(policy.family, chain.from_iterable(drawn))
             if not found:
                 return None
             answers, tokens = tuple(found), tuple(found.values())
-            logprobs = torch.stack(policy.score_each(observations, [tokens] * len(observations))).cpu()
+            logprobs = torch.stack(tree.score_each(prefixes, [tokens] * len(looks))).cpu()
     return Ballot(
         query=replace(query, images=()),  # what is learned from are the observations; pictures are big and private
         answers=answers,
         tokens=tokens,
         scores=dict(zip(views, logprobs.log_softmax(-1), strict=True)),
-        observations={name: policy.keep(one) for name, one in seen.items()},
-        embedding=image_tokens(seen[SAME].features).float().mean(0).cpu(),
+        observations={name: policy.keep(one) for name, one in zip(looks, observations, strict=True)},
+        embedding=image_tokens(observations[views.index(SAME)].features).float().mean(0).cpu(),
         valid=valid,
         measured=measured,
     )

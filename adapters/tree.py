@@ -1,9 +1,10 @@
 """Many answers to one prompt, as a tree of tokens: whatever they share is computed once.
 
-The prompt's key-value cache has a single row, and so has everything below it: tokens of different answers lie
+The prompt has one row in the key-value cache, and so has everything below it: tokens of different answers lie
 side by side in that row, and a mask lets each see the prompt, its own ancestors and itself. Thirty-two rollouts
 that agree on their first token feed that token once; so do labels with a common beginning. Compared with N
-copies of the prompt this is the same arithmetic without the repetition, and it is differentiable.
+copies of the prompt this is the same arithmetic without the repetition, and it is differentiable. Several prompts
+are rows of one cache where the family allows it.
 """
 
 from __future__ import annotations
@@ -11,18 +12,21 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import DynamicCache
 
-from servetune.adapters.family import Family, Prefix, Prompt, TokenTree
+from servetune.adapters.family import Family, Prefix, Prompt
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
+
+KEPT_BYTES = 256 * 2**20
+"""Keys and values of prompts that are kept for a second use; beyond, the prompts are fed again."""
 
 
 class Stopped(Exception):
@@ -39,32 +43,69 @@ class Sample:
     finished: bool
 
 
+class Prefixes:
+    """Several prompts after their forward passes with the active adapter, packed where the family allows it.
+
+    What does not fit into KEPT_BYTES is fed again for every use, so the adapter must stay the same.
+
+    Args:
+        prompts: B prompts with their vision features.
+    """
+
+    def __init__(self, family: Family, prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> None:
+        self.family = family
+        self._prompts = prompts
+        together = packs(family) if len(prompts) > 1 else False
+        lengths = [prompt.length for prompt, _ in prompts]
+        self._packs = list(_packs(lengths)) if together else [[row] for row in range(len(prompts))]
+        self._kept: dict[int, Prefix] = {}
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def __iter__(self) -> Iterator[tuple[list[int], Prefix]]:
+        """The numbers of some prompts, and those prompts fed."""
+        for number, rows in enumerate(self._packs):
+            yield rows, self._fed(number)
+
+    def _fed(self, number: int) -> Prefix:
+        if number in self._kept:
+            return self._kept[number]
+        prompts = [self._prompts[row] for row in self._packs[number]]
+        prefix = self.family.prefill_each(prompts) if len(prompts) > 1 else self.family.prefill(*prompts[0])
+        if prefix.num_bytes + sum(kept.num_bytes for kept in self._kept.values()) <= KEPT_BYTES:
+            self._kept[number] = prefix
+        return prefix
+
+
 def score(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Log-probabilities of given token sequences after a prompt.
+    """Log-probabilities of given token sequences after a single prompt.
 
     Returns:
         (N, T) log-probabilities of the tokens, zero where padded, and the (N, T) mask that is True on tokens.
     """
-    rows: list[Tensor] = []
-    for part in _parts(sequences):
-        rows.extend(_score_part(family, prefix, part))
+    rows = _score(family, prefix, [sequences], _Trie.read)[0]
     longest = max(len(row) for row in rows)
     padded = torch.stack([torch.nn.functional.pad(row, (0, longest - len(row))) for row in rows])
     lengths = torch.tensor([len(row) for row in rows], device=padded.device)
     return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
 
 
-def _parts(sequences: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
-    part: list[Sequence[int]] = []
-    size = 0
-    for sequence in sequences:
-        if part and size + len(sequence) > MAX_NODES:
-            yield part
-            part, size = [], 0
-        part.append(sequence)
-        size += len(sequence)
-    if part:
-        yield part
+def score_each(prefixes: Prefixes, sequences: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
+    """Log-probabilities of whole answers to several prompts.
+
+    Args:
+        sequences: for each prompt its N_b token sequences.
+
+    Returns:
+        B tensors (N_b,).
+    """
+    found: dict[int, Tensor] = {}
+    for rows, prefix in prefixes:
+        scored = _score(prefixes.family, prefix, [sequences[row] for row in rows], _Trie.totals)
+        none = prefix.logits.new_zeros(0)
+        found |= {row: torch.cat([none, *parts]) for row, parts in zip(rows, scored, strict=True)}
+    return [found[row] for row in range(len(prefixes))]
 
 
 class _Trie:
@@ -83,8 +124,8 @@ class _Trie:
         self.tokens = [token for _, token in nodes]
         self.inner = sorted(set(self.parents) - {-1})  # leaves need no forward pass
 
-    def fed(self) -> TokenTree:
-        """The inner nodes."""
+    def fed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The M inner nodes: (M,) tokens, (M,) depths, (M, M) True where a token sees an ancestor or itself."""
         place = {node: index for index, node in enumerate(self.inner)}
         visible = torch.eye(len(self.inner), dtype=torch.bool)
         depths = [0] * len(self.inner)
@@ -94,68 +135,77 @@ class _Trie:
                 visible[index] |= visible[parent]
                 depths[index] = depths[parent] + 1
         tokens = torch.tensor([self.tokens[node] for node in self.inner], dtype=torch.long)
-        return TokenTree(tokens, torch.tensor(depths, dtype=torch.long), visible)
+        return tokens, torch.tensor(depths, dtype=torch.long), visible
 
     def read(self, logits: Tensor) -> list[Tensor]:
-        """Per sequence its tokens' log-probabilities, from (1 + inner, V) logits after prompt and inner nodes."""
+        """Per sequence its tokens' log-probabilities, from (1 + M, V) logits after prompt and inner nodes."""
+        logprobs, device = self._logprobs(logits), logits.device
+        whole = torch.tensor([node for path in self.paths for node in path], device=device)
+        return list(torch.split(logprobs[whole], [len(path) for path in self.paths]))
+
+    def totals(self, logits: Tensor) -> list[Tensor]:
+        """(N,) log-probability of each whole sequence, from the logits that `read` takes."""
+        logprobs, device = self._logprobs(logits), logits.device
+        owners = [index for index, path in enumerate(self.paths) for _ in path]
+        whole = torch.tensor([node for path in self.paths for node in path], device=device)
+        empty = logprobs.new_zeros(len(self.paths))
+        return [empty.index_add(0, torch.tensor(owners, device=device), logprobs[whole])]
+
+    def _logprobs(self, logits: Tensor) -> Tensor:
+        """(nodes,) log-probability of each node after its parent."""
         device = logits.device
         rows = {node: row for row, node in enumerate([-1, *self.inner])}
         source = torch.tensor([rows[parent] for parent in self.parents], device=device)
         chosen = logits[source, torch.tensor(self.tokens, device=device)]
-        logprobs = chosen - logits.logsumexp(-1)[source]  # (nodes,)
-        whole = torch.tensor([node for path in self.paths for node in path], device=device)
-        return list(torch.split(logprobs[whole], [len(path) for path in self.paths]))
-
-    def totals(self, logits: Tensor) -> Tensor:
-        """(N,) log-probability of each whole sequence, from the logits that `read` takes."""
-        owners = [index for index, path in enumerate(self.paths) for _ in path]
-        parts = torch.cat(self.read(logits))
-        return parts.new_zeros(len(self.paths)).index_add(0, torch.tensor(owners, device=parts.device), parts)
+        return chosen - logits.logsumexp(-1)[source]
 
 
-def _score_part(family: Family, prefix: Prefix, sequences: list[Sequence[int]]) -> list[Tensor]:
-    trie = _Trie(sequences)
-    logits = prefix.logits
-    if trie.inner:
-        tree = trie.fed()
-        seen = torch.ones(len(trie.inner), prefix.length, dtype=torch.bool)
-        mask = torch.cat([seen, tree.visible], dim=1).to(logits.device)
-        positions = tree.depths.to(logits.device) + prefix.position
-        fed = family.extend(prefix.fork(), tree.tokens.to(logits.device), positions, mask)
-        logits = torch.cat([logits, fed])
-    return trie.read(_allowed(family, logits))
-
-
-def score_each(
+def _score(
     family: Family,
-    prompts: Sequence[tuple[Prompt, dict[str, Any]]],
+    prefix: Prefix,
     sequences: Sequence[Sequence[Sequence[int]]],
-) -> list[Tensor]:
-    """Log-probabilities of whole answers to several prompts, packed into few passes where the family allows it.
-
-    Args:
-        prompts: B prompts with their vision features. sequences: for each its N_b token sequences.
-
-    Returns:
-        B tensors (N_b,).
-    """
-    if not packs(family):
-        return [_score_alone(family, prompt, own) for prompt, own in zip(prompts, sequences, strict=True)]
+    read: Callable[[_Trie, Tensor], list[Tensor]],
+) -> list[list[Tensor]]:
+    """What `read` makes of every prompt's trie of sequences; in several passes where there are many nodes."""
     distinct = {id(own): own for own in sequences}  # the same long list of labels is often given for every prompt
-    grown = {key: _Trie(own) for key, own in distinct.items()}
-    tries = [grown[id(own)] for own in sequences]
-    found: dict[int, Tensor] = {}
-    for rows in _packs([p.length + len(t.inner) for (p, _), t in zip(prompts, tries, strict=True)]):
-        logits = _allowed(family, family.extend_each([prompts[r] for r in rows], [tries[r].fed() for r in rows]))
-        for place, row in enumerate(rows):
-            found[row] = tries[row].totals(logits[place, : 1 + len(tries[row].inner)])
-    return [found[row] for row in range(len(prompts))]
+    parts = {key: [_Trie(part) for part in _parts(own, len(sequences))] for key, own in distinct.items()}
+    found: list[list[Tensor]] = [[] for _ in sequences]
+    for tries in zip_longest(*(parts[id(own)] for own in sequences)):
+        rows = _feed_tries(family, prefix, tries)
+        for own, trie, logits in zip(found, tries, rows, strict=True):
+            own.extend(read(trie, logits) if trie else [])
+    return found
 
 
-def _score_alone(
-    family: Family, prompt: tuple[Prompt, dict[str, Any]], sequences: Sequence[Sequence[int]]
-) -> Tensor:
-    return score(family, family.prefill(*prompt), sequences)[0].sum(-1)
+def _parts(sequences: Sequence[Sequence[int]], rows: int) -> Iterator[list[Sequence[int]]]:
+    part: list[Sequence[int]] = []
+    size = 0
+    for sequence in sequences:
+        if part and (size + len(sequence)) * rows > MAX_NODES:
+            yield part
+            part, size = [], 0
+        part.append(sequence)
+        size += len(sequence)
+    if part:
+        yield part
+
+
+def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[_Trie | None]) -> list[Tensor]:
+    """Per row (1 + M, V) logits after its prompt and after the inner nodes of its trie, where it has one."""
+    logits = prefix.logits[:, None]
+    most = max(len(trie.inner) if trie else 0 for trie in tries)
+    if most:
+        device = logits.device
+        tokens, positions = (torch.zeros(len(tries), most, dtype=torch.long) for _ in range(2))
+        mask = torch.zeros(len(tries), most, prefix.width + most, dtype=torch.bool)
+        mask[:, :, : prefix.width] = prefix.seen()[:, None]
+        for row, trie in enumerate(tries):
+            if trie and (size := len(trie.inner)):
+                tokens[row, :size], depths, mask[row, :size, prefix.width : prefix.width + size] = trie.fed()
+                positions[row, :size] = depths + prefix.positions[row]
+        fed = family.extend(prefix.fork(), tokens.to(device), positions.to(device), mask.to(device))
+        logits = torch.cat([logits, fed], dim=1)
+    return list(_allowed(family, logits))
 
 
 def _packs(lengths: list[int]) -> Iterator[list[int]]:
@@ -181,11 +231,10 @@ def packs(family: Family) -> bool:
         asked = [family.prompt([ramp], question) for question in ("What is this?", "Is this a long question?")]
         prompts = [(prompt, family.see(prompt)) for prompt in asked]
         answers = [family.tokens("a red dog"), family.tokens("a red cat")]
-        alone = [_score_alone(family, prompt, answers) for prompt in prompts]
+        alone = [_score(family, family.prefill(*prompt), [answers], _Trie.totals)[0][0] for prompt in prompts]
         try:
-            logits = _allowed(family, family.extend_each(prompts, [_Trie(answers).fed()] * 2))
-            packed = [_Trie(answers).totals(row) for row in logits]
-            known = all(torch.allclose(a, b, atol=1e-2, rtol=1e-3) for a, b in zip(alone, packed, strict=True))
+            packed = _score(family, family.prefill_each(prompts), [answers] * 2, _Trie.totals)
+            known = all(torch.allclose(a, b[0], atol=1e-2, rtol=1e-3) for a, b in zip(alone, packed, strict=True))
         except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
             known = False
         _PACKS[family] = known
@@ -200,15 +249,19 @@ def _allowed(family: Family, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, family.forbidden.to(logits.device), float("-inf"))
 
 
+Draw = Callable[[Tensor, int], Iterator[tuple[int, int]]]
+"""(V,) log-probabilities and a branch's count -> the tokens that follow it, with their counts."""
+
+
 @dataclass(slots=True)
 class _Branch:
+    row: int  # number of its prompt
     tokens: tuple[int, ...]
     logprob: float
     count: int
     path: tuple[int, ...]  # places of its tokens in the cache row, after the prompt
 
 
-@torch.no_grad()
 def sample(
     family: Family,
     prefix: Prefix,
@@ -218,7 +271,7 @@ def sample(
     generator: torch.Generator | None = None,
     stop: threading.Event | None = None,
 ) -> list[Sample]:
-    """Draw `num` answers independently; equal beginnings are drawn and fed as one branch with a count.
+    """Draw `num` answers to a single prompt independently; equal beginnings are one branch with a count.
 
     Temperature 0 takes the likeliest token. Log-probabilities are those at temperature 1, whatever was drawn at.
     The returned counts sum to `num`.
@@ -226,7 +279,25 @@ def sample(
     Raises:
         Stopped: `stop` was set meanwhile.
     """
+    return _grow(family, prefix, num, _drawing(temperature, generator), max_tokens, stop)[0]
 
+
+def sample_each(
+    prefixes: Prefixes,
+    num: int,
+    max_tokens: int,
+    temperature: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[list[Sample]]:
+    """As `sample`, `num` answers to each of several prompts."""
+    found: dict[int, list[Sample]] = {}
+    for rows, prefix in prefixes:
+        draw = _drawing(temperature, generator)
+        found |= zip(rows, _grow(prefixes.family, prefix, num, draw, max_tokens), strict=True)
+    return [found[row] for row in range(len(prefixes))]
+
+
+def _drawing(temperature: float, generator: torch.Generator | None) -> Draw:
     def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
         if temperature == 0:
             yield int(logprobs.argmax()), count
@@ -236,10 +307,9 @@ def sample(
         values, counts = torch.unique(drawn, return_counts=True)
         yield from zip(values.tolist(), counts.tolist(), strict=True)
 
-    return _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, stop)
+    return draw
 
 
-@torch.no_grad()
 def alternatives(
     family: Family, prefix: Prefix, num: int, max_tokens: int, stop: threading.Event | None = None
 ) -> list[Sample]:
@@ -250,58 +320,95 @@ def alternatives(
         for token in logprobs.topk(min(count, possible)).indices.tolist():
             yield token, 1
 
-    found = _grow(family, prefix, _Branch((), 0.0, num, ()), draw, max_tokens, stop)
-    return sorted(found, key=lambda s: -s.logprob)
+    return sorted(_grow(family, prefix, num, draw, max_tokens, stop)[0], key=lambda s: -s.logprob)
 
 
+@torch.no_grad()
 def _grow(
     family: Family,
     prefix: Prefix,
-    root: _Branch,
-    draw: Callable[[Tensor, int], Iterator[tuple[int, int]]],
+    num: int,
+    draw: Draw,
     max_tokens: int,
-    stop: threading.Event | None,
-) -> list[Sample]:
-    """Grow the tree a level at a time: `draw` yields the tokens that follow a branch, with their counts."""
-    cache, fed = prefix.fork(), 0
-    branches, logits = [root], prefix.logits
-    done: list[Sample] = []
-    max_tokens = min(max_tokens, family.max_length - prefix.length)
-    for depth in range(max_tokens):
+    stop: threading.Event | None = None,
+) -> list[list[Sample]]:
+    """Grow a tree below every prompt, all of them a level at a time."""
+    done: list[list[Sample]] = [[] for _ in prefix.lengths]
+    limits = [min(max_tokens, family.max_length - length) for length in prefix.lengths]
+    level = [_Branch(row, (), 0.0, num, ()) for row in range(len(prefix.lengths))]
+    shoots, logits = _Shoots(family, prefix), prefix.logits
+    for depth in range(max(limits)):
         if stop and stop.is_set():
             raise Stopped
         logprobs = _allowed(family, logits).log_softmax(-1)
         children = []
-        for branch, row in zip(branches, logprobs, strict=True):
+        for branch, row in zip(level, logprobs, strict=True):
             for token, count in draw(row, branch.count):
                 tokens = (*branch.tokens, token)
                 logprob = branch.logprob + float(row[token])
-                if token in family.end_tokens or depth + 1 == max_tokens:
-                    done.append(Sample(tokens, logprob, count, token in family.end_tokens))
+                if token in family.end_tokens or depth + 1 == limits[branch.row]:
+                    done[branch.row].append(Sample(tokens, logprob, count, token in family.end_tokens))
                 else:
-                    children.append(_Branch(tokens, logprob, count, branch.path))
+                    children.append(_Branch(branch.row, tokens, logprob, count, branch.path))
         if not children:
             break
-        branches = children
-        logits = _feed(family, prefix, cache, branches, fed, depth)
-        fed += len(branches)
+        level = children
+        logits = shoots.feed(level, depth)
     return done
 
 
-def _feed(
-    family: Family, prefix: Prefix, cache: DynamicCache, branches: list[_Branch], fed: int, depth: int
-) -> Tensor:
-    """Feed the last token of every branch and note its place in the cache row."""
-    device = prefix.logits.device
-    mask = None
-    for index, branch in enumerate(branches):
-        branch.path = (*branch.path, fed + index)
-    if fed or len(branches) > 1:
-        mask = torch.zeros(len(branches), prefix.length + fed + len(branches), dtype=torch.bool)
-        mask[:, : prefix.length] = True
-        for row, branch in enumerate(branches):
-            mask[row, [prefix.length + place for place in branch.path]] = True
-        mask = mask.to(device)
-    tokens = torch.tensor([branch.tokens[-1] for branch in branches], device=device)
-    positions = torch.full_like(tokens, prefix.position + depth)
-    return family.extend(cache, tokens, positions, mask)
+class _Shoots:
+    """The cache while answers grow: a row for each prompt that still has any."""
+
+    def __init__(self, family: Family, prefix: Prefix) -> None:
+        self._family = family
+        self._cache = prefix.fork()
+        self._positions = prefix.positions
+        self._device = prefix.logits.device
+        self._rows = list(range(len(prefix.lengths)))
+        self._seen = prefix.seen()
+        self._fed = 0  # columns after the prompts
+
+    def feed(self, branches: list[_Branch], depth: int) -> Tensor:
+        """(branches, V) logits after the last token of every branch, whose place in its cache row is noted."""
+        self._drop_finished({branch.row for branch in branches})
+        place = {row: index for index, row in enumerate(self._rows)}
+        taken = [0] * len(self._rows)
+        cells = []  # of each branch, in what is fed
+        for branch in branches:
+            row = place[branch.row]
+            cells.append((row, taken[row]))
+            taken[row] += 1
+        rows, columns = torch.tensor(cells).T
+        most = max(taken)
+        tokens = torch.zeros(len(taken), most, dtype=torch.long)
+        tokens[rows, columns] = torch.tensor([branch.tokens[-1] for branch in branches])
+        positions = torch.tensor([self._positions[row] + depth for row in self._rows])[:, None].expand(-1, most)
+        mask = self._mask(branches, cells, most)
+        self._fed += most
+        fed = self._family.extend(
+            self._cache,
+            tokens.to(self._device),
+            positions.to(self._device),
+            mask if mask is None else mask.to(self._device),
+        )
+        return fed[rows, columns]
+
+    def _mask(self, branches: list[_Branch], cells: list[tuple[int, int]], most: int) -> Tensor | None:
+        """(B, M, cached + M): each branch sees its prompt and its own tokens, the last of which is fed now."""
+        width = self._seen.shape[1]
+        mask = torch.zeros(len(self._rows), most, width + self._fed + most, dtype=torch.bool)
+        mask[:, :, :width] = self._seen[:, None]
+        for branch, (row, column) in zip(branches, cells, strict=True):
+            branch.path = (*branch.path, self._fed + column)
+            mask[row, column, [width + place for place in branch.path]] = True
+        return None if bool(mask.all()) else mask
+
+    def _drop_finished(self, growing: set[int]) -> None:
+        """Once no more than half of the rows are growing, the others leave the cache."""
+        if 2 * len(growing) > len(self._rows):
+            return
+        kept = [index for index, row in enumerate(self._rows) if row in growing]
+        self._cache.batch_select_indices(torch.tensor(kept, device=self._device))
+        self._seen = self._seen[kept]
+        self._rows = [self._rows[index] for index in kept]

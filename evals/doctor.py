@@ -271,8 +271,8 @@ def _time_answers(policy: Policy, settings: Settings) -> tuple[float, float, flo
             tree.sample(family, prefix, 1, settings.max_answer_tokens, temperature=0.0)
             seconds.append(time.perf_counter() - began)
     layers = prefix.cache.layers
-    token_mb = _megabytes(t for layer in layers for t in (layer.keys, layer.values)) / prefix.length
-    return median(seconds), token_mb * (prefix.length + settings.max_answer_tokens), token_mb
+    token_mb = _megabytes(t for layer in layers for t in (layer.keys, layer.values)) / prefix.width
+    return median(seconds), token_mb * (prefix.width + settings.max_answer_tokens), token_mb
 
 
 # --- adapter and machine -----------------------------------------------------------------------------

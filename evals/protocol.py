@@ -84,7 +84,7 @@ class Scorer:
 
     def _pairs(self, items: list[Item], temperature: float) -> list[tuple[Reply, Reply]]:
         self._policy.use(None)
-        seen = [self._policy.observe(item.query(self._question)) for item in items]
+        seen = self._policy.observe_each([item.query(self._question) for item in items])
         if any(item not in self._frozen for item in items):
             self._frozen |= zip(items, self._replies(None, items, seen, 1.0), strict=True)
         adapted = self._replies(LIVE, items, seen, temperature)
@@ -96,7 +96,7 @@ class Scorer:
         self._policy.use(slot)
         if items[0].labels:
             return self._closed(items, seen, temperature)
-        return [self._open(item, observation, temperature) for item, observation in zip(items, seen, strict=True)]
+        return self._open(items, seen, temperature)
 
     def _closed(self, items: list[Item], seen: list[Observation], temperature: float) -> list[Reply]:
         """The likeliest label of each."""
@@ -109,13 +109,16 @@ class Scorer:
             for item, best, share, valid in zip(items, shares.indices, shares.values, mass, strict=True)
         ]
 
-    def _open(self, item: Item, seen: Observation, temperature: float) -> Reply:
-        """The greedy answer."""
-        family = self._policy.family
-        sample = tree.sample(family, self._policy.begin(seen), 1, self._max_tokens, temperature=0.0)[0]
-        answer = canonical(family.text(sample.tokens)) if sample.finished else ""
-        right = bool(answer) and answer == canonical(item.truth or "")
-        return Reply(right, tempered(math.exp(sample.logprob), temperature), float(bool(answer)))
+    def _open(self, items: list[Item], seen: list[Observation], temperature: float) -> list[Reply]:
+        """The greedy answer to each."""
+        family, prefixes = self._policy.family, self._policy.begin_each(seen)
+        replies = []
+        drawn = tree.sample_each(prefixes, 1, self._max_tokens, temperature=0.0)
+        for item, (sample,) in zip(items, drawn, strict=True):
+            answer = canonical(family.text(sample.tokens)) if sample.finished else ""
+            right = bool(answer) and answer == canonical(item.truth or "")
+            replies.append(Reply(right, tempered(math.exp(sample.logprob), temperature), float(bool(answer))))
+        return replies
 
 
 def run(

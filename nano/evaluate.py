@@ -71,7 +71,7 @@ class Answerer:
         asked = self.model(**self.inputs([image], [question]), use_cache=True)
         cache = asked.past_key_values
         cache.batch_repeat_interleave(len(names))
-        more = self.model(input_ids=ids, past_key_values=cache).logits[:, :-1]
+        more = self.model(input_ids=ids, cache=cache).logits[:, :-1]
         logits = torch.cat([asked.logits[:, -1:].expand(len(names), -1, -1), more], dim=1)
         scores = logits.log_softmax(dim=-1).gather(2, ids[..., None])[..., 0]
         return names[int((scores * real).sum(dim=1).argmax())]
