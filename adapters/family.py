@@ -169,9 +169,11 @@ class Family:
     def see(self, prompt: Prompt) -> dict[str, Any]:
         """Vision features of a prompt, projected to the language model, in the form `prefill` takes.
 
-        They do not depend on a language-model adapter, so one pass serves every version and rollout.
+        They do not depend on a language-model adapter, so one pass serves every version and rollout. The states of
+        the tower, which no decoder looks at, are dropped.
         """
-        return {"image": self._look(prompt.inputs)}
+        output = self._look(prompt.inputs)
+        return {"image": type(output)(**{k: v for k, v in output.items() if k not in _HIDDEN})}
 
     def see_each(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
         """Vision features of several prompts, in few passes where pixels are alike and the family allows it."""
@@ -227,12 +229,6 @@ class Family:
     def without_pixels(self, prompt: Prompt) -> Prompt:
         """A prompt that can still be prefilled with its features, at a fraction of the memory."""
         return Prompt({name: value for name, value in prompt.inputs.items() if name not in _PIXELS})
-
-    def without_hidden(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Vision features without the tower's own states, which no decoder looks at."""
-        output = features["image"]
-        kept = {name: value for name, value in output.items() if name not in _HIDDEN}
-        return {"image": type(output)(**kept)}
 
     def prefill(self, prompt: Prompt, features: dict[str, Any]) -> Prefix:
         """One forward pass over the prompt; differentiable in the adapter's weights."""

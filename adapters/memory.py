@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from servetune.adapters import consensus
+from servetune.adapters.features import tensors
 from servetune.adapters.policy import Observation
 from servetune.adapters.types import Query
 from servetune.adapters.views import SAME
@@ -50,8 +50,8 @@ class Ballot:
     @property
     def num_bytes(self) -> int:
         """Memory of the tensors that are kept to learn from."""
-        tensors = (v for one in self.observations.values() for v in _tensors([one.prompt.inputs, one.features]))
-        return sum(tensor.nbytes for tensor in tensors)
+        kept = ([one.prompt.inputs, one.features] for one in self.observations.values())
+        return sum(tensor.nbytes for one in kept for tensor in tensors(one))
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,17 +250,6 @@ def _with_priors(lessons: Sequence[Lesson]) -> list[Lesson]:
 def has_few_answers(query: Query) -> bool:
     """Whether a query is an open question or offers a short list of labels."""
     return len(query.labels) <= FEW
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
-            yield from _tensors(each)
-    elif isinstance(value, list | tuple):
-        for each in value:
-            yield from _tensors(each)
 
 
 def _columns(ballots: Sequence[Ballot]) -> dict[str, int]:

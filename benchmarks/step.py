@@ -172,7 +172,7 @@ def _exactness(policy: Policy, query: Query, num: int) -> dict[str, object]:
         if side == "ours":
             logprobs, _ = tree.score(family, policy.begin(observation), drawn.tolist())
         else:
-            logprobs = _peer_logprobs(policy, observation.prompt.inputs, drawn)
+            logprobs = _peer_logprobs(policy, family.prompt(query.images, query.question).inputs, drawn)
         (logprobs * advantage).mean().backward()
         parameters = policy.parameters(SLOT).values()
         gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])

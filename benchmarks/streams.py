@@ -41,6 +41,7 @@ def evaluate(stream: str, seeds: int, learner: str, out: Path) -> None:
     """One stream; the seeds that an earlier call finished are read from disk."""
     script = Path(sys.executable).with_name("servetune")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "SERVETUNE_WORKER_THREADS", "SERVETUNE_SERVE_THREADS"), "1")
+    threads["SERVETUNE_FEATURE_CACHE_BYTES"] = str(2**30)  # every seed sees the same pictures
     chosen = ["--seeds", str(seeds), "--learner", learner, "--out", str(out / stream)]
     command = [str(script), "eval", stream, *chosen]
     done = subprocess.run(command, text=True, capture_output=True, env=os.environ | threads)

@@ -32,7 +32,8 @@ def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Polic
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     source = str(WEIGHTS) if settings.model == "nano" else settings.model
     family = Family.load(source, device, getattr(torch, dtype))
-    return Policy(family, LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets), slots)
+    spec = LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets)
+    return Policy(family, spec, slots, settings.feature_cache_bytes)
 
 
 def open_store(settings: Settings, policy: Policy) -> AdapterStore:

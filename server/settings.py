@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     lora_alpha: int = Field(16, ge=1)
     lora_targets: Literal["language", "vision", "all"] = "language"
 
+    feature_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="vision features kept in memory by image content; server and worker each"
+    )
+
     # buffer
     redis_url: str | None = Field(None, description="default: the embedded Valkey under the home")
     buffer_key: SecretStr | None = Field(None, description="base64 key of stored images; default: home/buffer.key")

@@ -16,8 +16,8 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from servetune.adapters import tree
-from servetune.adapters.family import Family, PromptTooLong, UnusableImage
-from servetune.adapters.policy import LoraSpec, Observation, Policy
+from servetune.adapters.family import Family, Prompt, PromptTooLong, UnusableImage, image_tokens
+from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore, Draft
 from servetune.adapters.types import Query
@@ -32,15 +32,20 @@ def made(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Policy
     return Policy(Family.load(str(checkpoints[request.param])), LoraSpec(4, 8), ("candidate", "live"))
 
 
-def whole_logits(policy: Policy, observation: Observation, sequence: tuple[int, ...]) -> torch.Tensor:
+def rendered(policy: Policy, asked: Query) -> Prompt:
+    """A query as the checkpoint itself takes it, with pixels."""
+    return policy.family.prompt(asked.images, asked.question)
+
+
+def whole_logits(policy: Policy, prompt: Prompt, sequence: tuple[int, ...]) -> torch.Tensor:
     """Logits of an ordinary forward pass over prompt and answer together, at the answer's tokens."""
-    inputs = dict(observation.prompt.inputs)
+    inputs = dict(prompt.inputs)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([sequence])], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if (kinds := inputs.get("mm_token_type_ids")) is not None:
         inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros(1, len(sequence), dtype=kinds.dtype)], 1)
     logits = policy.family.model(**inputs).logits[0].float()
-    return tree._allowed(policy.family, logits)[observation.prompt.length - 1 : -1]
+    return tree._allowed(policy.family, logits)[prompt.length - 1 : -1]
 
 
 def flat_gradient(policy: Policy) -> torch.Tensor:
@@ -60,7 +65,7 @@ def test_the_tree_gives_the_logprobs_and_gradients_of_separate_passes(made: Poli
     our_gradient = flat_gradient(made)
     total = torch.zeros(())
     for row, sequence in enumerate(SEQUENCES):
-        logprobs = whole_logits(made, observation, sequence).log_softmax(-1)
+        logprobs = whole_logits(made, rendered(made, query()), sequence).log_softmax(-1)
         theirs = logprobs[range(len(sequence)), list(sequence)]
         torch.testing.assert_close(ours[row, : len(sequence)], theirs, atol=1e-5, rtol=1e-5)
         total = total + theirs.sum()
@@ -108,12 +113,40 @@ def test_greedy_answers_are_those_of_generate(made: Policy) -> None:
     with torch.no_grad():
         ours = tree.sample(made.family, made.begin(observation), 1, 6, temperature=0.0)[0]
         theirs = made.family.model.generate(
-            **observation.prompt.inputs,
+            **rendered(made, query()).inputs,
             max_new_tokens=6,
             do_sample=False,
             bad_words_ids=[[token] for token in made.family.forbidden.tolist()],
         )[0, observation.prompt.length :]
     assert ours.tokens == tuple(theirs.tolist())
+
+
+def test_answers_to_several_prompts_are_those_of_each(made: Policy) -> None:
+    """Whether or not the family can be packed; rows end at different times."""
+    stir(made, "candidate", std=0.3)
+    made.use("candidate")
+    asked = [query(seed, question="is it red? " * (1 + seed % 3)) for seed in range(5)]
+    seen = made.observe_each(asked)
+    with torch.no_grad():
+        together = tree.sample_each(made.begin_each(seen), 1, 6, temperature=0.0)
+        for (ours,), one in zip(together, seen, strict=True):
+            alone = tree.sample(made.family, made.begin(one), 1, 6, temperature=0.0)[0]
+            assert (ours.tokens, ours.finished) == (alone.tokens, alone.finished)
+            assert ours.logprob == pytest.approx(alone.logprob, abs=1e-3)
+        drawn = tree.sample_each(made.begin_each(seen), 16, 6, generator=torch.Generator().manual_seed(0))
+        scored = made.score_each(seen, [[sample.tokens for sample in samples] for samples in drawn])
+    for samples, logprobs in zip(drawn, scored, strict=True):
+        assert sum(sample.count for sample in samples) == 16
+        torch.testing.assert_close(logprobs, torch.tensor([s.logprob for s in samples]), atol=1e-3, rtol=1e-3)
+
+
+def test_pictures_seen_together_are_those_seen_alone(made: Policy) -> None:
+    prompts = [rendered(made, query(seed)) for seed in range(3)]
+    with torch.no_grad():
+        for ours, prompt in zip(made.family.see_each(prompts), prompts, strict=True):
+            torch.testing.assert_close(
+                image_tokens(ours), image_tokens(made.family.see(prompt)), atol=1e-4, rtol=1e-4
+            )
 
 
 def test_sampled_logprobs_are_the_scored_ones(made: Policy) -> None:
@@ -155,7 +188,7 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     observation = made.observe(query())
     made.use("candidate")
     with torch.no_grad():
-        theirs = plain(**observation.prompt.inputs).logits[:, -1]
+        theirs = plain(**rendered(made, query()).inputs).logits[:, -1]
         torch.testing.assert_close(made.begin(observation).logits, theirs, atol=1e-4, rtol=1e-4)
 
 
