@@ -85,6 +85,18 @@ class Prefix:
         """Memory of the cached keys and values."""
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
 
+    def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
+        """A copy whose tensors gather gradient of their own, those tensors, and the ones they stand for.
+
+        Many passes can then go back as far as the prompt one by one, and the prompt once for all of them.
+        """
+        ours = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)] + [self.logits]
+        leaves = [tensor.detach().requires_grad_() for tensor in ours]
+        copied = Prefix(self.fork(), leaves[-1], self.lengths, self.positions)
+        for number, layer in enumerate(copied.cache.layers):
+            layer.keys, layer.values = leaves[2 * number], leaves[2 * number + 1]
+        return copied, leaves, ours
+
     def seen(self) -> Tensor:
         """(B, width) True on the tokens of each prompt."""
         return torch.arange(self.width) < torch.tensor(self.lengths)[:, None]
@@ -143,6 +155,18 @@ class Family:
     def max_length(self) -> int:
         """Positions of the language model: tokens of prompt and answer together."""
         return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 2**31))
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """What one token of a forward pass keeps in memory until its backward pass, about.
+
+        Per layer its normalised inputs, projections, attention and the parts of a gated MLP, with what LoRA adds;
+        and its logits and their logarithms in float32.
+        """
+        text = self.model.config.get_text_config()
+        hidden, middle = int(text.hidden_size), int(getattr(text, "intermediate_size", 4 * text.hidden_size))
+        size = int(next(self.model.parameters()).element_size())
+        return int(text.num_hidden_layers) * (12 * hidden + 5 * middle) * size + 8 * int(text.vocab_size)
 
     @property
     def device(self) -> torch.device:

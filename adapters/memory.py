@@ -23,6 +23,7 @@ FEW = 16  # answers; more of them are a label set that one image tells little ab
 PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
 DOUBT = 2.0  # weight of a view's mean entropy among few answers
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
+SHOWN = 0.1  # of the commonest answer's wins, below which an open question's stream does not show an answer
 SOME_VOTES, MOST_VOTES = 0.01, 0.7  # shares, for telling wordings of one question by their answers
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
 
@@ -62,6 +63,7 @@ class Lesson:
     vote: Tensor  # (M,)
     target: Tensor  # (M,), sharpened
     prior: Tensor  # (M,) log of how often the stream shows each answer; alike in a long list of labels
+    shown: Tensor  # (M,) bool: whether the stream shows the answer; else its target is the reference's probability
     divergence: float  # KL(target || reference on the image as it was sent), nats
     dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
 
@@ -126,8 +128,10 @@ class Memory:
         """
         found: dict[str, Lesson] = {}
         questions = [(ballots, self._pooled(ballots, later_rounds)) for ballots in self._kinds()]
-        for (ballots, logvotes), dependence in zip(questions, _dependences(questions), strict=True):
-            lessons = _lessons(ballots, logvotes, dependence, self.temperature)
+        wordings = _wordings(questions)
+        dependences, shown = _dependences(questions, wordings), _shown(questions, wordings)
+        for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
+            lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
             found |= {lesson.ballot.query.id: lesson for lesson in lessons}
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])
 
@@ -154,13 +158,37 @@ class Memory:
         return _table(ballots, _columns(ballots), rows).log_softmax(-1)
 
 
-def _dependences(questions: Sequence[tuple[list[Ballot], Tensor]]) -> list[float | None]:
+_Question = tuple[list[Ballot], Tensor]
+"""The ballots on one question with their (N, L) log-votes."""
+
+
+def _shown(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> list[set[str] | None]:
+    """The answers of each open question that its stream shows; None where it was asked too seldom to tell.
+
+    Over all its wordings, they win at least SHOWN times as many votes as the commonest answer.
+    """
+    grouped = {number for numbers in wordings for number in numbers}
+    groups = [*wordings, *([number] for number in range(len(questions)) if number not in grouped)]
+    found: list[set[str] | None] = [None] * len(questions)
+    for numbers in groups:
+        wins: Counter[str] = Counter()
+        for ballots, logvotes in (questions[number] for number in numbers):
+            answers = [*_columns(ballots)]
+            wins.update(answers[place] for place in logvotes.argmax(-1).tolist())
+        if wins.total() >= MIN_ASKED:
+            shown = {answer for answer, won in wins.items() if won >= SHOWN * max(wins.values())}
+            for number in numbers:
+                found[number] = shown
+    return found
+
+
+def _dependences(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> list[float | None]:
     """How much votes on each question depend on the image: by themselves, and with those on its other wordings.
 
     The lower of the two counts, where MIN_ASKED images at least were asked about.
     """
     found: list[list[float]] = [[] for _ in questions]
-    for numbers in [[number] for number in range(len(questions))] + _wordings(questions):
+    for numbers in [*([number] for number in range(len(questions))), *wordings]:
         logvotes = _together([questions[number] for number in numbers])
         if len(logvotes) >= MIN_ASKED:
             dependence = consensus.mutual_information(logvotes)
@@ -169,7 +197,7 @@ def _dependences(questions: Sequence[tuple[list[Ballot], Tensor]]) -> list[float
     return [min(each) if each else None for each in found]
 
 
-def _together(questions: Sequence[tuple[list[Ballot], Tensor]]) -> Tensor:
+def _together(questions: Sequence[_Question]) -> Tensor:
     """(N, L) log-votes on several questions, over the answers of all."""
     if len(questions) == 1:
         return questions[0][1]
@@ -182,7 +210,7 @@ def _together(questions: Sequence[tuple[list[Ballot], Tensor]]) -> Tensor:
     return torch.cat(tables).log_softmax(-1)
 
 
-def _wordings(questions: Sequence[tuple[list[Ballot], Tensor]]) -> list[list[int]]:
+def _wordings(questions: Sequence[_Question]) -> list[list[int]]:
     """Numbers of open questions that ask for the same, told by their answers."""
     groups: list[tuple[Counter[str], list[int]]] = []
     for number, (ballots, logvotes) in enumerate(questions):
@@ -207,9 +235,13 @@ def _covers(votes: Counter[str], others: Counter[str]) -> bool:
 
 
 def _lessons(
-    ballots: list[Ballot], logvotes: Tensor, dependence: float | None, temperature: float
+    ballots: list[Ballot],
+    logvotes: Tensor,
+    dependence: float | None,
+    answers: set[str] | None,
+    temperature: float,
 ) -> list[Lesson]:
-    """The lessons of one kind: the same question about different images."""
+    """The lessons of one kind: the same question about different images; `answers` are those that are shown."""
     columns = _columns(ballots)
     reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
     closed = bool(ballots[0].query.labels)
@@ -219,16 +251,20 @@ def _lessons(
     if closed and min(len(ballots), len(columns)) >= MIN_BALANCED:
         logvotes = (logvotes - consensus.balance(logvotes)).log_softmax(-1)
     targets = (logvotes / temperature).softmax(-1)
+    shown = torch.ones(len(columns), dtype=torch.bool)
     if closed and len(ballots) > 1:  # one query alone says nothing about what the stream shows
-        shown = torch.zeros(len(columns), dtype=torch.bool)
+        shown[:] = False
         shown[logvotes.argmax(-1)] = True
-        targets = consensus.keep_unshown(targets, reference.exp(), shown)
+    elif not closed and answers is not None:
+        shown = torch.tensor([answer in answers for answer in columns])
+    targets = consensus.keep_unshown(targets, reference.exp(), shown)
     divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
     lessons = []
     for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
         own = slice(None) if closed else _places(ballot, columns)
         shares = target[own] / target[own].sum()
-        lessons.append(Lesson(ballot, vote[own], shares, torch.zeros_like(shares), divergence, dependence))
+        flat = torch.zeros_like(shares)
+        lessons.append(Lesson(ballot, vote[own], shares, flat, shown[own], divergence, dependence))
     return lessons
 
 

@@ -30,7 +30,7 @@ PROBE_SIZE = 32
 CACHE_BYTES = 256 * 2**20
 LIKELY = 6.0  # nats below the best label at which another no longer matters
 UNLIKELY = 10.0  # and where it is put then
-Tokens = Sequence[Sequence[int]]
+Tokens = Sequence[tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)

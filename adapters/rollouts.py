@@ -24,15 +24,15 @@ MAX_ANSWERS = 16
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The rollouts of one query with their votes, and the observation they share."""
+    """The rollouts of one query with their votes, and the forwarded prompt they share."""
 
     query: Query
     observation: Observation
+    prefix: Prefix
     rollouts: Rollouts
     votes: Votes
 
 
-@torch.no_grad()
 def roll_out(
     policy: Policy,
     query: Query,
@@ -44,16 +44,18 @@ def roll_out(
     """Answer a query `num` times at temperature 1 with the active adapter.
 
     A closed set of labels is not sampled: one scoring pass gives every label's probability, and the label set
-    itself becomes the group. With `exact=False` labels are drawn from those probabilities, as published.
+    itself becomes the group. With `exact=False` labels are drawn from those probabilities, as published. Unless
+    under no_grad, the prefix can be trained through; the rollouts cannot.
     """
     observation = policy.observe(query)
     prefix = policy.begin(observation)
-    if query.labels:
-        rollouts = _labels(policy, prefix, query, num, generator, exact)
-    else:
-        samples = tree.sample(policy.family, prefix, num, max_tokens, generator=generator)
-        rollouts = _sampled(policy, samples, num)
-    return Group(query, observation, rollouts, count_votes(rollouts))
+    with torch.no_grad():
+        if query.labels:
+            rollouts = _labels(policy, prefix, query, num, generator, exact)
+        else:
+            samples = tree.sample(policy.family, prefix, num, max_tokens, generator=generator)
+            rollouts = _sampled(policy, samples, num)
+    return Group(query, observation, prefix, rollouts, count_votes(rollouts))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -13,10 +13,11 @@ from torch import Tensor
 
 from servetune.adapters import tree
 from servetune.adapters.consensus import view_weights
+from servetune.adapters.family import Prefix
 from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
 from servetune.adapters.memory import MEASURED, Ballot, Lesson, Memory, has_few_answers
-from servetune.adapters.policy import Policy, scaled
-from servetune.adapters.rewards import REWARDS, confidence_weight
+from servetune.adapters.policy import Observation, Policy, Tokens, scaled
+from servetune.adapters.rewards import REWARDS, Votes, confidence_weight
 from servetune.adapters.rollouts import Group, cast_ballot, roll_out, vote_again
 from servetune.adapters.types import Query, StepMetrics
 from servetune.adapters.views import SAME, safe_views
@@ -46,6 +47,8 @@ class LearnerConfig:
     hopeless, above it finished. `exact` uses the whole distribution over a closed set of labels instead of
     drawing from it; `scale` divides advantages by their standard deviation; `confidence` weighs a group by
     how little it is torn; `per_token` averages over an answer's tokens instead of summing them.
+
+    `max_bytes` is what the activations of one backward pass may take, about; more is done in several.
     """
 
     reward: str = "consensus"
@@ -67,6 +70,7 @@ class LearnerConfig:
     rounds: int = 3
     memory_size: int = 1024
     min_information: float = 0.1
+    max_bytes: int = 2 * 2**30
     average: float = 0.9
     mixing: float = 0.7
 
@@ -93,6 +97,20 @@ class LearnerConfig:
         return replace(published, **chosen)
 
 
+@dataclass(frozen=True, slots=True)
+class _Exercise:
+    """One lesson as it takes part in a step."""
+
+    lesson: Lesson
+    observation: Observation
+    reference: Tensor  # (A,) log-probabilities of the answers, among them
+    answers: list[int]  # A numbers of the ballot's answers
+
+    @property
+    def tokens(self) -> tuple[tuple[int, ...], ...]:
+        return self.lesson.ballot.tokens
+
+
 class Learner:
     """Owns the optimizer of one slot of a policy, and the memory of what it was lately asked."""
 
@@ -106,6 +124,7 @@ class Learner:
         self._parameters = policy.parameters(slot)
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=config.learning_rate, weight_decay=0.0)
         self.truths: Mapping[str, str] = {}  # answers by query id, for the `oracle` of an evaluation alone
+        self._max_tokens = config.max_bytes // policy.family.token_bytes
         self._average = policy.weights(slot)
         self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
         self._asked = 0
@@ -127,13 +146,7 @@ class Learner:
         self.policy.use(self.slot)
         if self.config.reward == "consensus":
             return self._replay(queries)
-        groups = [self._roll_out(query) for query in queries]
-        informative = [group for group in groups if self._teaches(group)]
-        values = _describe(groups)
-        if informative:
-            values |= self._update_groups(informative)
-        metrics = StepMetrics(len(groups), len(informative), values)
-        return metrics, [group.query for group in informative]
+        return self._learn_from_groups(queries)
 
     def witnesses(self) -> list[Lesson]:
         """The reference's votes on recent queries that were never learned from: they are news to the adapter."""
@@ -302,34 +315,54 @@ class Learner:
             raise
 
     def _update_lessons(self, lessons: list[Lesson]) -> dict[str, float]:
-        """One gradient step on a few lessons, packed into one pass where the family allows it."""
-        policy, config = self.policy, self.config
-        views, chosen, targets = [], [], []
-        for lesson in lessons:
-            views.append(self._view_to_learn(lesson.ballot))
-            reference = lesson.ballot.scores[views[-1]].exp()
-            best = (lesson.target + reference).topk(min(MAX_TAUGHT, len(reference))).indices.tolist()
-            chosen.append(best)
-            targets.append(lesson.target[best] / lesson.target[best].sum())
-        scored = policy.score_each(
-            [each.ballot.observations[view] for each, view in zip(lessons, views, strict=True)],
-            [[each.ballot.tokens[i] for i in best] for each, best in zip(lessons, chosen, strict=True)],
-        )
-        losses, divergences = [], []
-        for lesson, view, best, target, logprobs in zip(lessons, views, chosen, targets, scored, strict=True):
-            # Reward q/p where there are votes and 0 for any other answer: the sum over all answers of
-            # p * reward * grad log p is q * grad log p over the voted ones. Among these, p is the adapter's answer
-            # times how often the stream shows it (logit adjustment, arXiv 2007.07314): what is learned is to tell
-            # images apart, and not which answers are common.
-            among = (logprobs + lesson.prior[best].to(logprobs.device)).log_softmax(-1)
-            loss = -(target.to(logprobs.device) * among).sum() - logprobs.logsumexp(-1)
-            own = logprobs.log_softmax(-1)
-            reference = lesson.ballot.scores[view][best].log_softmax(-1).to(own.device)
-            divergence = (own.exp() * (own - reference)).sum()
-            losses.append(loss + config.kl_coefficient * divergence)
-            divergences.append(float(divergence.detach()))
-        total = torch.stack(losses).mean()
-        return self._descend(lambda: torch.autograd.backward(total)) | {"kl": fmean(divergences)}
+        """One gradient step on a few lessons, packed into few passes where the family and the memory allow it."""
+        self._optimizer.zero_grad(set_to_none=True)
+        divergences: list[float] = []
+        for part in self._parts([self._exercise(lesson) for lesson in lessons]):
+            scored = self.policy.score_each(
+                [each.observation for each in part], [[each.tokens[i] for i in each.answers] for each in part]
+            )
+            losses, found = zip(*map(self._loss, part, scored), strict=True)
+            torch.autograd.backward(torch.stack(losses).sum() / len(lessons))
+            divergences += found
+        return self._descend() | {"kl": fmean(divergences)}
+
+    def _exercise(self, lesson: Lesson) -> _Exercise:
+        """A lesson in one of its views, with the answers that are likely in the vote or in the reference."""
+        view = self._view_to_learn(lesson.ballot)
+        reference = lesson.ballot.scores[view]
+        near = lesson.target + reference.exp()
+        best = near.topk(min(MAX_TAUGHT, len(near))).indices.tolist()
+        return _Exercise(lesson, lesson.ballot.observations[view], reference[best].log_softmax(-1), best)
+
+    def _parts(self, exercises: list[_Exercise]) -> Iterator[list[_Exercise]]:
+        """Exercises whose prompts and answers fit into memory together."""
+        part: list[_Exercise] = []
+        size = 0
+        for each in exercises:
+            own = each.observation.prompt.length + sum(len(each.tokens[i]) for i in each.answers)
+            if part and size + own > self._max_tokens:
+                yield part
+                part, size = [], 0
+            part.append(each)
+            size += own
+        yield part
+
+    def _loss(self, each: _Exercise, logprobs: Tensor) -> tuple[Tensor, float]:
+        """What one exercise costs, and its KL to the reference, from (M,) log-probabilities of its answers."""
+        lesson, best = each.lesson, each.answers
+        device = logprobs.device
+        target = (lesson.target[best] / lesson.target[best].sum()).to(device)
+        # Reward q/p where there are votes and 0 for any other answer: the sum over all answers of
+        # p * reward * grad log p is q * grad log p over the voted ones. Among these, p is the adapter's answer
+        # times how often the stream shows it (logit adjustment, arXiv 2007.07314): what is learned is to tell
+        # images apart, and not which answers are common. Answers that the stream does not show stay out of it.
+        own = logprobs.log_softmax(-1)
+        shown, prior = lesson.shown[best].to(device), lesson.prior[best].to(device)
+        among = torch.where(shown, _adjusted(own, prior, shown), own) if bool(shown.any()) else own
+        loss = -(target * among).sum() - logprobs.logsumexp(-1)
+        divergence = (own.exp() * (own - each.reference.to(device))).sum()
+        return loss + self.config.kl_coefficient * divergence, float(divergence.detach())
 
     def _view_to_learn(self, ballot: Ballot) -> str:
         """The image as it was sent half of the time, else another view, by what it is worth.
@@ -364,19 +397,77 @@ class Learner:
             return torch.rand(len(group.votes.answers), generator=self._generator).tolist()
         return REWARDS[self.config.reward](group.votes)
 
-    def _update_groups(self, groups: list[Group]) -> dict[str, float]:
+    def _learn_from_groups(self, queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
+        """One group after the other: a single prompt's graph is alive, and its rollouts share its forward pass."""
+        votes: list[Votes] = []
+        taught: list[Query] = []
         divergences = []
-
-        def accumulate() -> None:
-            for group in groups:  # one backward per group: only one prompt's graph is alive at a time
-                divergences.append(self._accumulate(group, 1 / len(groups)))
-
-        return self._descend(accumulate) | {"kl": fmean(divergences)}
-
-    def _descend(self, accumulate: Callable[[], None]) -> dict[str, float]:
-        """One optimizer step on the gradients that `accumulate` leaves."""
         self._optimizer.zero_grad(set_to_none=True)
-        accumulate()
+        for query in queries:
+            group = self._roll_out(query)
+            votes.append(group.votes)
+            if self._teaches(group):
+                taught.append(query)
+                divergences.append(self._accumulate(group))
+        values = _describe(votes)
+        if taught:
+            for parameter in self._parameters.values():
+                if parameter.grad is not None:
+                    parameter.grad /= len(taught)
+            values |= self._descend() | {"kl": fmean(divergences)}
+        return StepMetrics(len(queries), len(taught), values), taught
+
+    def _accumulate(self, group: Group) -> float:
+        """Add a group's gradient, a chunk of rollouts at a time, and return its KL to the reference."""
+        rollouts, config = group.rollouts, self.config
+        weights = rollouts.weights.to(group.prefix.logits.device)
+        rewards = torch.tensor(self._rewards(group), device=weights.device)
+        advantage = advantages(rewards, weights, rollouts.num, config.scale)
+        if config.confidence:
+            advantage = advantage * confidence_weight(group.votes)
+        with self.policy.reference():
+            reference = self.policy.begin(group.observation)
+        prefix, leaves, ours = group.prefix.detached()
+        divergence = sum(
+            self._accumulate_chunk(
+                prefix, reference, [rollouts.tokens[i] for i in rows], advantage[rows], weights[rows]
+            )
+            for rows in self._chunks(rollouts.tokens)
+        )
+        known = [(tensor, leaf.grad) for tensor, leaf in zip(ours, leaves, strict=True) if leaf.grad is not None]
+        torch.autograd.backward([tensor for tensor, _ in known], [gradient for _, gradient in known])
+        return divergence
+
+    def _accumulate_chunk(
+        self, prefix: Prefix, reference: Prefix, tokens: Tokens, advantage: Tensor, weights: Tensor
+    ) -> float:
+        family, config = self.policy.family, self.config
+        with self.policy.reference():
+            theirs, _ = tree.score(family, reference, tokens)
+        logprobs, mask = tree.score(family, prefix, tokens)
+        share = mask.to(logprobs.dtype)
+        if config.per_token:
+            share = share / share.sum(-1, keepdim=True)
+        # On-policy: the rollouts were made by these very weights, so the old policy is this one, detached.
+        loss = policy_loss(logprobs, logprobs.detach(), advantage, weights, share, config.clip)
+        divergence = kl_penalty(logprobs, theirs, weights, share)
+        torch.autograd.backward(loss + config.kl_coefficient * divergence)
+        return float(divergence.detach())
+
+    def _chunks(self, tokens: Tokens) -> Iterator[list[int]]:
+        """Numbers of rollouts whose tokens fit into memory together; the sorted ones share most."""
+        rows: list[int] = []
+        size = 0
+        for row in sorted(range(len(tokens)), key=tokens.__getitem__):
+            if rows and size + len(tokens[row]) > self._max_tokens:
+                yield rows
+                rows, size = [], 0
+            rows.append(row)
+            size += len(tokens[row])
+        yield rows
+
+    def _descend(self) -> dict[str, float]:
+        """One optimizer step on the gradients that have been gathered."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -387,32 +478,19 @@ class Learner:
             self._average[key].lerp_(value, 1 - self.config.average)
         return {"grad_norm": float(norm)}
 
-    def _accumulate(self, group: Group, share: float) -> float:
-        policy, rollouts, config = self.policy, group.rollouts, self.config
-        logprobs, mask = tree.score(policy.family, policy.begin(group.observation), rollouts.tokens)
-        with policy.reference():
-            reference, _ = tree.score(policy.family, policy.begin(group.observation), rollouts.tokens)
-        weights = rollouts.weights.to(logprobs.device)
-        rewards = torch.tensor(self._rewards(group), device=logprobs.device)
-        advantage = advantages(rewards, weights, rollouts.num, config.scale)
-        tokens = mask.to(logprobs.dtype)
-        if config.per_token:
-            tokens = tokens / tokens.sum(-1, keepdim=True)
-        # On-policy: the rollouts were made by these very weights, so the old policy is this one, detached.
-        loss = policy_loss(logprobs, logprobs.detach(), advantage, weights, tokens, config.clip)
-        if config.confidence:
-            loss = loss * confidence_weight(group.votes)
-        divergence = kl_penalty(logprobs, reference, weights, tokens)
-        torch.autograd.backward(share * (loss + config.kl_coefficient * divergence))
-        return float(divergence.detach())
+
+def _adjusted(logprobs: Tensor, prior: Tensor, shown: Tensor) -> Tensor:
+    """(M,) log-probabilities of which the shown ones share their own sum in proportion to their priors as well."""
+    hidden = torch.where(shown, 0.0, -torch.inf)
+    whole = (logprobs + hidden).logsumexp(-1)
+    return (logprobs + prior + hidden).log_softmax(-1) + whole
 
 
 def _best(views: Iterable[str], worth: Mapping[str, float]) -> list[str]:
     return sorted(views, key=lambda view: -worth.get(view, 0.0))
 
 
-def _describe(groups: list[Group]) -> dict[str, float]:
-    votes = [group.votes for group in groups]
+def _describe(votes: Sequence[Votes]) -> dict[str, float]:
     return {
         "majority": fmean(vote.majority for vote in votes),
         "entropy": fmean(vote.entropy for vote in votes),

@@ -355,7 +355,7 @@ def test_a_step_of_the_paper_is_trl_on_repeated_answers(
     learner = Learner(policy, config)
     policy.use("candidate")
     group = learner._roll_out(query(labels=labels))
-    learner._accumulate(group, 1.0)
+    learner._accumulate(group)
     found = {key: value.grad for key, value in policy.parameters("candidate").items()}
     for parameter in policy.parameters("candidate").values():
         parameter.grad = None

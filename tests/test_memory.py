@@ -13,7 +13,7 @@ from servetune.adapters import tree
 from servetune.adapters.memory import Ballot, Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rollouts import cast_ballot, vote_again
-from servetune.adapters.step import Learner, LearnerConfig
+from servetune.adapters.step import Learner, LearnerConfig, _adjusted
 from servetune.adapters.types import Query
 from servetune.adapters.views import SAME, safe_views
 from tests.conftest import query, stir
@@ -179,13 +179,44 @@ def test_that_an_answer_is_common_is_not_learned(policy: Policy, monkeypatch: py
     )
     said = torch.tensor([0.03, 0.03]).log().requires_grad_()
     monkeypatch.setattr(policy, "score_each", lambda *_: [said])
-    monkeypatch.setattr(learner, "_descend", lambda accumulate: accumulate() or {})
+    monkeypatch.setattr(learner, "_descend", dict)
     learner._update_lessons([lesson])
     assert said.grad is not None
     assert said.grad.tolist() == pytest.approx([-0.5, -0.5], abs=1e-6)  # both rise together
     said.grad = None
     learner._update_lessons([replace(lesson, prior=torch.zeros(2))])
     assert said.grad.tolist() == pytest.approx([-0.9, -0.1], abs=1e-6)
+
+
+def test_an_answer_that_is_not_shown_is_no_part_of_the_frequencies() -> None:
+    """Its target is the reference's probability, so nothing may be added to it."""
+    logprobs, prior = torch.tensor([0.3, 0.1, 0.6]).log(), torch.tensor([9.0, 1.0, 50.0]).log()
+    shown = torch.tensor([True, True, False])
+    found = torch.where(shown, _adjusted(logprobs, prior, shown), logprobs).exp().tolist()
+    assert found == pytest.approx([0.4 * 27 / 28, 0.4 * 1 / 28, 0.6])
+
+
+def test_answers_that_an_open_question_never_wins_keep_the_probability_of_the_reference() -> None:
+    """However it is worded; where it was asked too seldom to tell, every answer is learned from."""
+    memory = Memory(temperature=1.0)
+    colours = ("red", "blue", "green")
+
+    def ask(number: int, question: str, row: list[float]) -> None:
+        views = {SAME: row, "blur": [p**3 / sum(q**3 for q in row) for p in row]}
+        one = ballot(number, views, spread(number))
+        memory.add(replace(one, query=replace(one.query, question=question, labels=()), answers=colours))
+
+    for number in range(12):
+        ask(number, "what colour?", [0.5, 0.2, 0.3] if number % 2 else [0.2, 0.5, 0.3])
+    ask(12, "which colour is it?", [0.4, 0.3, 0.3])
+    *usual, rare = memory.lessons()
+    for lesson in usual:
+        assert lesson.shown.tolist() == [True, True, False]
+        assert float(lesson.target[2]) == pytest.approx(0.3, abs=1e-5)
+        assert float(lesson.target.max()) > 0.5
+    assert rare.shown.tolist() == [True, True, False]
+    memory.forget(lesson.ballot.query.id for lesson in usual)
+    assert memory.lessons()[0].shown.all()
 
 
 def memory_of(*ballots: Ballot) -> Memory:

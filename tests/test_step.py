@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from servetune.adapters.policy import Policy
+from servetune.adapters.rewards import count_votes
 from servetune.adapters.rollouts import roll_out
 from servetune.adapters.step import Learner, LearnerConfig
+from servetune.adapters.types import Rollouts
 from tests.conftest import query, stir
 
 LABELS = ("red", "green cat", "blue dog")
@@ -164,3 +166,72 @@ def test_a_retreat_from_a_share_keeps_the_share(policy: Policy) -> None:
     learner.propose()
     assert_same(policy.weights("candidate"), half)
     assert any(not torch.equal(half[key], value) for key, value in far.items())
+
+
+def gradient(policy: Policy) -> torch.Tensor:
+    found = torch.cat([p.grad.flatten() for p in policy.parameters("candidate").values() if p.grad is not None])
+    for parameter in policy.parameters("candidate").values():
+        parameter.grad = None
+    return found
+
+
+@pytest.mark.parametrize("labels", [(), LABELS])
+def test_a_gradient_in_chunks_is_the_whole_one(policy: Policy, labels: tuple[str, ...]) -> None:
+    """Rollouts that do not fit into memory together go back to the prompt one chunk after the other."""
+    stir(policy, "candidate", std=0.05)
+    learner = Learner(policy, replace(OPEN, num_rollouts=16))
+    policy.use("candidate")
+    group = learner._roll_out(query(labels=labels))
+    whole = learner._accumulate(group), gradient(policy)
+    learner._max_tokens = 3
+    assert len(list(learner._chunks(group.rollouts.tokens))) > 1
+    group = replace(group, prefix=policy.begin(group.observation))
+    chunked = learner._accumulate(group), gradient(policy)
+    assert chunked[0] == pytest.approx(whole[0], abs=1e-5)
+    assert (chunked[1] - whole[1]).norm() / whole[1].norm() < 1e-5
+
+
+@pytest.mark.parametrize("num", [8, 64])
+def test_what_a_backward_pass_keeps_is_bounded(policy: Policy, num: int) -> None:
+    """Bytes of tensors that autograd saved, against the limit and against what they would be without."""
+    stir(policy, "candidate", std=0.05)
+    longest = 24
+    tokens = [tuple(torch.randint(260, 300, (longest,)).tolist()) for _ in range(num)]
+    learner = Learner(policy, replace(OPEN, max_bytes=2_000_000))
+    policy.use("candidate")
+    made = learner._roll_out(query())
+    rollouts = Rollouts(tuple(tokens), ("a",) * num, torch.full((num,), 1 / num), torch.zeros(num), num)
+    group = replace(made, rollouts=rollouts, votes=count_votes(rollouts))
+
+    def peak() -> int:
+        alive, most = 0, 0
+        whole = torch.autograd.backward
+        sizes: dict[int, int] = {}
+
+        def save(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal alive, most
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in sizes:
+                sizes[storage.data_ptr()] = storage.nbytes()
+                alive += storage.nbytes()
+                most = max(most, alive)
+            return tensor
+
+        def freed(*args: object) -> None:
+            nonlocal alive
+            whole(*args)  # type: ignore[arg-type]
+            alive = 0
+            sizes.clear()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.autograd, "backward", freed)
+            with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+                learner._accumulate(replace(group, prefix=policy.begin(group.observation)))
+        return most
+
+    weights = sum(p.numel() * p.element_size() for p in policy.family.model.parameters())
+    bounded = peak() - weights
+    assert bounded < 2 * learner.config.max_bytes
+    learner._max_tokens = 10**9
+    if num == 64:
+        assert peak() - weights > 2 * bounded

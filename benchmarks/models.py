@@ -1,0 +1,101 @@
+"""Checkpoints for benchmarks, made on the spot: the embedded nano, and `mid`, 49 million random parameters.
+
+`mid` is an InternVL with a Qwen2 decoder: hidden size 512, 8 layers, 16 heads (8 for keys and values) and
+intermediate size 1536 in both towers, images of 448 pixels as 256 tokens a tile. What it says means nothing; what
+it costs does.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrainedTokenizerFast
+
+from servetune.nano import WEIGHTS
+
+VOCABULARY = 512
+SPECIAL = {
+    "start_image_token": "<img>",
+    "end_image_token": "</img>",
+    "context_image_token": "<IMG_CONTEXT>",
+    "video_token": "<video>",
+}
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+    "{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<IMG_CONTEXT>\n{% else %}{{ part['text'] }}{% endif %}"
+    "{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LINE = "what is the answer in this image? a b c d yes no cat dog red green blue 0 1 2 3 4 5 6 7 8 9"
+
+
+def checkpoint(name: str, cache: Path = Path(".cache/models")) -> Path:
+    """The folder of `nano`, of `mid`, or of a checkpoint that is named by its own folder."""
+    if name == "nano":
+        return WEIGHTS
+    if name != "mid":
+        return Path(name)
+    folder = cache / "mid"
+    if not (folder / "done").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_mid(folder)
+        (folder / "done").touch()
+    return folder
+
+
+def _make_mid(folder: Path) -> None:
+    tok = _tokenizer()
+    size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 16}
+    config = InternVLConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": VOCABULARY,
+            **size,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        },
+        vision_config={**size, "image_size": [448, 448], "patch_size": [14, 14]},
+        image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=256,
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForImageTextToText.from_config(config)
+    model.generation_config.eos_token_id = tok.eos_token_id
+    model.generation_config.pad_token_id = tok.pad_token_id
+    model.save_pretrained(folder)
+    tok.save_pretrained(folder)
+    images = {
+        "image_processor_type": "GotOcr2ImageProcessor",
+        "size": {"height": 448, "width": 448},
+        "crop_to_patches": False,
+        "min_patches": 1,
+        "max_patches": 12,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(images))
+    processor = {"processor_class": "InternVLProcessor", "image_seq_length": 256}
+    (folder / "processor_config.json").write_text(json.dumps(processor))
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator([LINE], trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet))
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        eos_token="<|im_end|>",
+        pad_token="<|pad|>",
+        additional_special_tokens=["<|im_start|>", *SPECIAL.values()],
+        model_specific_special_tokens=SPECIAL,
+    )
+    made.chat_template = TEMPLATE
+    return made
