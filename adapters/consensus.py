@@ -108,7 +108,7 @@ def balance(
     return offsets
 
 
-def keep_unshown(target: Tensor, reference: Tensor, shown: Tensor) -> Tensor:
+def keep_unshown(target: Tensor, reference: Tensor, shown: Tensor, most: float = 1.0) -> Tensor:
     """A target that leaves alone what the stream says nothing about.
 
     Labels that no query of the stream has been given keep the reference's probability; the shown ones share the
@@ -116,10 +116,12 @@ def keep_unshown(target: Tensor, reference: Tensor, shown: Tensor) -> Tensor:
 
     Args:
         target, reference: (..., L) probabilities over the labels. shown: (L,) bool.
+        most: probability that is kept at most, for all of them together.
     """
     if bool(shown.all()) or not bool(shown.any()):
         return target
     kept = torch.where(shown, 0.0, reference)
+    kept = kept * (most / kept.sum(-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0)
     voted = torch.where(shown, target, 0.0)
     total = voted.sum(-1, keepdim=True)
     mixed = kept + voted / total.clamp(min=1e-12) * (1 - kept.sum(-1, keepdim=True))

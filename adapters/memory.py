@@ -23,6 +23,7 @@ FEW = 16  # answers; more of them are a label set that one image tells little ab
 PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
 DOUBT = 2.0  # weight of a view's mean entropy among few answers
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
+KEPT = 0.2  # of an open question's target at most is for answers that its stream does not show
 SHOWN = 0.1  # of the commonest answer's wins, below which an open question's stream does not show an answer
 SOME_VOTES, MOST_VOTES = 0.01, 0.7  # shares, for telling wordings of one question by their answers
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
@@ -257,7 +258,7 @@ def _lessons(
         shown[logvotes.argmax(-1)] = True
     elif not closed and answers is not None:
         shown = torch.tensor([answer in answers for answer in columns])
-    targets = consensus.keep_unshown(targets, reference.exp(), shown)
+    targets = consensus.keep_unshown(targets, reference.exp(), shown, 1.0 if closed else KEPT)
     divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
     lessons = []
     for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):

@@ -1,178 +1,257 @@
-"""One GRPO step on one query: the token tree against what trainers do with transformers.
+"""One GRPO step: servetune's learner against TRL's GRPOTrainer, on the same checkpoint, image and question.
 
-The peer samples with `generate(num_return_sequences=N)`, then forwards N copies of prompt and completion for the
-policy, again for the reference, and goes back through all of them (the shape of TRL's GRPOTrainer step, without
-its data loading). Both sides: same model, image, question, N, completion length, LoRA, rewards, KL and optimizer.
-One thread, interleaved rounds, CPU seconds of the process; the gradients are compared on the same completions.
+    python -m benchmarks.step [--models mid nano] [--cases long short paper bf16] [--threads 1] [--rounds 3]
 
-    python -m benchmarks.step [--model nano] [--rounds 5] [--num 32]
+Cases: `long` is 32 rollouts of 32 tokens, `short` 32 of 5, `paper` 32 of 5 after a prompt of 11 tiles (2,900
+tokens; TRL accumulates over 4 batches of 8 then, it needs 40 GB otherwise), `bf16` is `long` in bfloat16 on
+both sides. `mid` is described in `benchmarks/models.py`; nano takes `long` and `short`. TRL runs in an
+environment of its own, which the first call installs. Every side is a process of its own; ours runs before
+and after each peer's step. A step is everything from images and question to moved weights: processor, vision,
+rollouts, rewards, reference, policy, backward, optimizer. All completions have the full length, LoRA sits on
+the same layers with the same rank, KL coefficient 0.04, no image is known from before. Seconds are CPU
+seconds of the process (wall seconds beside).
 
-Keys: ratio_short, ratio_long (5 and 32 tokens; peer / ours, larger is better), grad_rel_diff, logp_max_diff.
+Last line of stdout: JSON. Ratios are peer / ours, larger is better: `ratio_fp32_long`, `ratio_fp32_short`,
+`ratio_paper_shape`, `ratio_bf16_long` (mid, first number of threads; others with a prefix or suffix) and
+`peak_rss_ratio` (long). `grad_rel_diff` and `logp_max_diff` compare our gradient and log-probabilities with
+those of N copies of prompt and image in one plain batch. `flop_utilisation` is the useful arithmetic of our
+long step over what a float32 matrix product of 2048 x 2048 reaches in the same process and time.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks import envs
+from benchmarks.models import checkpoint
 from servetune.adapters import tree
-from servetune.adapters.family import Family
-from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
+from servetune.adapters.family import Family, image_tokens
 from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.rollouts import Group
+from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.types import Query
-from servetune.nano import WEIGHTS
 
-BETA = 0.04
+QUESTION = "what is the answer in this image?"
+NUM = 32
 SLOT = "candidate"
+PEER = Path(__file__).parent / "peers" / "trl_step.py"
+CASES: dict[str, dict[str, Any]] = {
+    "long": {"tokens": 32, "size": (448, 448), "dtype": "float32", "accumulate": 1},
+    "short": {"tokens": 5, "size": (448, 448), "dtype": "float32", "accumulate": 1},
+    "paper": {"tokens": 5, "size": (2240, 896), "dtype": "float32", "accumulate": 4},
+    "bf16": {"tokens": 32, "size": (448, 448), "dtype": "bfloat16", "accumulate": 1},
+}
+KEYS = {
+    "long": "ratio_fp32_long",
+    "short": "ratio_fp32_short",
+    "paper": "ratio_paper_shape",
+    "bf16": "ratio_bf16_long",
+}
+
+
+class FullLength(Learner):
+    """The published learner, where every answer counts although none comes to an end."""
+
+    def _teaches(self, group: Group) -> bool:
+        return True
+
+    def _rewards(self, group: Group) -> list[float]:
+        texts = [self.policy.family.text(tokens) for tokens in group.rollouts.tokens]
+        return [(t.count("a") - 0.1 * sum(c.isdigit() for c in t)) / (len(t) + 1) for t in texts]
 
 
 def main() -> None:
-    options = _arguments()
-    torch.set_num_threads(1)
-    source = str(WEIGHTS) if options.model == "nano" else options.model
-    policy = Policy(Family.load(source), LoraSpec(), (SLOT,))
-    generator = torch.Generator().manual_seed(0)
-    weights = policy.zero_weights()
-    for key, value in weights.items():
-        if ".lora_B." in key:  # otherwise policy and reference would be the same
-            value.normal_(std=0.02, generator=generator)
-    policy.load(SLOT, weights)
-    query = Query("bench", (_picture(),), "what is the answer in this image?")
-    result: dict[str, object] = {"model": Path(options.model).name, "num": options.num}
-    for name, length in (("short", 5), ("long", 32)):
-        result |= _compare(policy, query, options, name, length)
-    result |= _exactness(policy, query, options.num)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["mid", "nano"])
+    parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
+    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.ours:
+        print(json.dumps(run_ours(options.models[0], options.cases[0], options.threads[0], options.rounds)))
+        return
+    result: dict[str, Any] = {}
+    for model in options.models:
+        for case in options.cases:
+            if model == "nano" and case not in ("long", "short"):
+                continue
+            for threads in options.threads:
+                prefix = "" if model == options.models[0] else f"{model}_"
+                suffix = "" if threads == options.threads[0] else f"_{threads}_threads"
+                found = compare(model, case, threads, options.rounds)
+                print(f"{model} {case}, {threads} threads: {json.dumps(found)}", flush=True)
+                result[prefix + KEYS[case] + suffix] = found["ratio"]
+                for side in ("ours", "peer"):
+                    for clock in ("cpu_s", "wall_s"):
+                        result[f"{prefix}{case}_{side}_{clock}{suffix}"] = found[side][clock]
+                if case == "long" and not prefix + suffix:
+                    result["peak_rss_ratio"] = round(found["peer"]["peak_rss"] / found["ours"]["peak_rss"], 2)
+                    result["flop_utilisation"] = found["ours"]["flop_utilisation"]
+    result |= exactness(options.models[0])
     print(json.dumps(result))
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="nano")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--num", type=int, default=32)
-    return parser.parse_args()
+def compare(model: str, case: str, threads: int, rounds: int) -> dict[str, Any]:
+    """One peer step between two calls of ours, each of `rounds` steps."""
+    ours = [_call_ours(model, case, threads, rounds)]
+    peer = _call_peer(model, case, threads)
+    ours.append(_call_ours(model, case, threads, rounds))
+    both = {key: round(statistics.fmean(one[key] for one in ours), 4) for key in ours[0]}
+    return {"ratio": round(peer["cpu_s"] / both["cpu_s"], 2), "ours": both, "peer": peer}
 
 
-def _picture() -> Image.Image:
-    noise = torch.randint(0, 256, (96, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return Image.fromarray(noise.numpy())
+def _call_ours(model: str, case: str, threads: int, rounds: int) -> dict[str, float]:
+    chosen = ["--models", model, "--cases", case, "--threads", str(threads), "--rounds", str(rounds)]
+    return _last_line([sys.executable, "-m", "benchmarks.step", "--ours", *chosen], threads)
 
 
-def _compare(
-    policy: Policy, query: Query, options: argparse.Namespace, name: str, length: int
-) -> dict[str, object]:
-    sides: dict[str, Callable[[], None]] = {
-        "ours": lambda: _our_step(policy, query, options.num, length),
-        "peer": lambda: _peer_step(policy, query, options.num, length),
+def _call_peer(model: str, case: str, threads: int) -> dict[str, float]:
+    what = CASES[case]
+    image = Path(".cache/models") / f"noise-{what['size'][0]}x{what['size'][1]}.png"
+    picture(what["size"]).save(image)
+    chosen = {
+        "model": checkpoint(model),
+        "image": image,
+        "question": QUESTION,
+        "tokens": what["tokens"],
+        "num": NUM,
+        "accumulate": what["accumulate"],
+        "dtype": what["dtype"],
+        "threads": threads,
     }
-    spent: dict[str, list[float]] = {side: [] for side in sides}
-    for round_number in range(options.rounds + 1):
-        for side, step in sides.items():
-            began = time.process_time()
-            step()
-            if round_number:  # the first warms up
-                spent[side].append(time.process_time() - began)
-    ratios = [peer / ours for ours, peer in zip(spent["ours"], spent["peer"], strict=True)]
-    print(f"{name}: ours {statistics.median(spent['ours']):.3f} s, peer {statistics.median(spent['peer']):.3f} s")
-    return {
-        f"ratio_{name}": round(statistics.median(ratios), 2),
-        f"cpu_s_{name}": round(statistics.median(spent["ours"]), 4),
-        f"peer_cpu_s_{name}": round(statistics.median(spent["peer"]), 4),
-    }
+    flags = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+    return _last_line([str(envs.python("trl")), str(PEER), *flags], threads)
 
 
-def _rewards(num: int) -> Tensor:
-    return torch.rand(num, generator=torch.Generator().manual_seed(1))
+def _last_line(command: list[str], threads: int) -> dict[str, float]:
+    done = subprocess.run(
+        command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
+    )
+    lines = [line for line in done.stdout.replace("\r", "\n").splitlines() if '{"' in line]
+    if done.returncode or not lines:
+        raise SystemExit(f"{command} failed:\n{done.stderr[-3000:]}")
+    found: dict[str, float] = json.loads(lines[-1][lines[-1].index('{"') : lines[-1].rindex("}") + 1])
+    return found
 
 
-def _loss(logprobs: Tensor, reference: Tensor, weights: Tensor) -> Tensor:
-    mask = torch.full_like(logprobs, 1 / logprobs.shape[1])
-    advantage = advantages(_rewards(len(logprobs)), weights, len(logprobs))
-    return policy_loss(logprobs, logprobs.detach(), advantage, weights, mask) + BETA * kl_penalty(
-        logprobs, reference, weights, mask
+def picture(size: tuple[int, int]) -> Image.Image:
+    """Noise, the same for both sides."""
+    generator = torch.Generator().manual_seed(0)
+    return Image.fromarray(
+        torch.randint(0, 256, (size[1], size[0], 3), generator=generator, dtype=torch.uint8).numpy()
     )
 
 
-def _finish(policy: Policy, loss: Tensor) -> None:
-    parameters = list(policy.parameters(SLOT).values())
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    torch.optim.AdamW(parameters, lr=0.0).step()
-    for parameter in parameters:
-        parameter.grad = None
+# --- our side ----------------------------------------------------------------------------------------
 
 
-def _our_step(policy: Policy, query: Query, num: int, length: int) -> None:
-    family, ends = policy.family, policy.family.end_tokens
-    family.end_tokens = frozenset()  # every completion has the full length, on both sides
-    observation = policy.observe(query)
-    with torch.no_grad():
-        samples = tree.sample(family, policy.begin(observation), num, length)
-    family.end_tokens = ends
-    tokens = [sample.tokens for sample in samples]
-    weights = torch.tensor([sample.count / num for sample in samples])
-    logprobs, _ = tree.score(family, policy.begin(observation), tokens)
-    with policy.reference():
-        reference, _ = tree.score(family, policy.begin(observation), tokens)
-    _finish(policy, _loss(logprobs, reference, weights))
+def load(model: str, dtype: str) -> Policy:
+    """A policy whose adapter differs from its reference, without a memory of images."""
+    policy = Policy(Family.load(str(checkpoint(model)), dtype=getattr(torch, dtype)), LoraSpec(), (SLOT,), 0)
+    weights = policy.zero_weights()
+    generator = torch.Generator().manual_seed(0)
+    for key, value in weights.items():
+        if ".lora_B." in key:
+            value.normal_(std=0.02, generator=generator)
+    policy.load(SLOT, weights)
+    return policy
 
 
-def _peer_step(policy: Policy, query: Query, num: int, length: int) -> None:
-    family = policy.family
-    prompt = policy.family.prompt(query.images, query.question)
-    with torch.no_grad():
-        whole = family.model.generate(
-            **prompt.inputs,
-            do_sample=True,
-            num_return_sequences=num,
-            min_new_tokens=length,
-            max_new_tokens=length,
-            bad_words_ids=[[token] for token in family.forbidden.tolist()],
-            pad_token_id=family.end_token,
-        )
-    completions = whole[:, prompt.length :]
-    logprobs = _peer_logprobs(policy, prompt.inputs, completions)
-    with policy.reference():
-        reference = _peer_logprobs(policy, prompt.inputs, completions)
-    _finish(policy, _loss(logprobs, reference, torch.full((num,), 1 / num)))
+def run_ours(model: str, case: str, threads: int, rounds: int) -> dict[str, float]:
+    """Medians over the steps after the first."""
+    torch.set_num_threads(threads)
+    what = CASES[case]
+    policy = load(model, what["dtype"])
+    policy.family.end_tokens = frozenset()
+    learner = FullLength(policy, LearnerConfig.named("ttrv", num_rollouts=NUM, max_tokens=what["tokens"]), SLOT)
+    query = Query("bench", (picture(what["size"]),), QUESTION)
+    spent = []
+    for _ in range(rounds + 1):
+        began = time.process_time(), time.perf_counter()
+        learner.step([query])
+        spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
+    cpu, wall = (statistics.median(clock) for clock in zip(*spent[1:], strict=True))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    made = {"cpu_s": cpu, "wall_s": wall, "peak_rss": peak}
+    if case == "long":
+        made["flop_utilisation"] = useful_flops(policy, query, what["tokens"]) / cpu / gemm_rate()
+    return made
 
 
-def _peer_logprobs(policy: Policy, prompt: dict[str, Tensor], completions: Tensor) -> Tensor:
-    """N copies of everything, as a batch."""
-    num, length = completions.shape
-    inputs = {name: value.repeat_interleave(num, 0) for name, value in prompt.items()}
-    inputs["input_ids"] = torch.cat([inputs["input_ids"], completions], 1)
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    if "mm_token_type_ids" in inputs:
-        kinds = inputs["mm_token_type_ids"]
-        inputs["mm_token_type_ids"] = torch.cat([kinds, kinds.new_zeros(num, length)], 1)
-    logits = policy.family.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
-    logits = logits.index_fill(-1, policy.family.forbidden, float("-inf"))
-    return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
+def gemm_rate(size: int = 2048, times: int = 5) -> float:
+    """Floating-point operations per CPU second of a square float32 matrix product."""
+    left, right = torch.randn(size, size), torch.randn(size, size)
+    left @ right
+    began = time.process_time()
+    for _ in range(times):
+        left @ right
+    return times * 2 * size**3 / (time.process_time() - began)
 
 
-def _exactness(policy: Policy, query: Query, num: int) -> dict[str, object]:
-    """Both ways on the same completions: largest log-probability and relative gradient difference."""
+def useful_flops(policy: Policy, query: Query, length: int) -> float:
+    """Arithmetic that one step cannot do without: each image, prompt and completion token once per phase.
+
+    A linear layer of n weights takes 2n a token; causal attention between a query and k keys takes 4 k d, d
+    being the heads' width together. Phases: vision once; prompt for policy and reference; completions (all N)
+    for sampling, policy and reference; and back through prompt and completions, where the frozen weights have
+    no gradient of their own, so that it costs what the way forward does.
+    """
     family = policy.family
     observation = policy.observe(query)
+    text = family.model.config.get_text_config()
+    width, layers, prompt = int(text.hidden_size), int(text.num_hidden_layers), observation.prompt.length
+    decoder = sum(p.numel() for n, p in family.model.get_decoder().named_parameters() if _is_linear(n))
+    head = family.model.get_output_embeddings().weight.numel()
+    fed = NUM * (length - 1)
+    completions = 2 * (decoder + head) * fed + 4 * width * layers * fed * (prompt + length / 2)
+    prompts = 2 * decoder * prompt + 4 * width * layers * prompt * prompt / 2
+    vision = family.model.config.vision_config
+    patches = (int(vision.image_size[0]) // int(vision.patch_size[0])) ** 2
+    tower = sum(p.numel() for n, p in family.model.named_parameters() if "vision" in n and _is_linear(n))
+    tiles = len(image_tokens(observation.features)) // 256
+    seeing = tiles * (
+        2 * tower * patches + 4 * int(vision.hidden_size) * int(vision.num_hidden_layers) * patches**2
+    )
+    return seeing + 3 * prompts + 4 * completions
+
+
+def _is_linear(name: str) -> bool:
+    return name.endswith("weight") and "norm" not in name and "embed" not in name and "lora" not in name
+
+
+# --- the same gradient -------------------------------------------------------------------------------
+
+
+def exactness(model: str, num: int = NUM, length: int = 8) -> dict[str, float]:
+    """Tree and N plain copies on the same completions: relative gradient and largest difference."""
+    policy = load(model, "float32")
+    policy.use(SLOT)
+    family, query = policy.family, Query("bench", (picture((448, 448)),), QUESTION)
     vocabulary = family.model.config.get_text_config().vocab_size
-    drawn = torch.randint(0, vocabulary, (num, 8), generator=torch.Generator().manual_seed(2))
+    drawn = torch.randint(0, vocabulary, (num, length), generator=torch.Generator().manual_seed(2))
     drawn[torch.isin(drawn, family.forbidden)] = family.end_token
     advantage = torch.randn(num, 1, generator=torch.Generator().manual_seed(3))
     found = []
-    for side in ("ours", "peer"):
-        if side == "ours":
-            logprobs, _ = tree.score(family, policy.begin(observation), drawn.tolist())
+    for plain in (False, True):
+        if plain:
+            logprobs = _copied_logprobs(policy, query, drawn)
         else:
-            logprobs = _peer_logprobs(policy, family.prompt(query.images, query.question).inputs, drawn)
+            rows = [tuple(row) for row in drawn.tolist()]
+            logprobs, _ = tree.score(family, policy.begin(policy.observe(query)), rows)
         (logprobs * advantage).mean().backward()
         parameters = policy.parameters(SLOT).values()
         gradient = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
@@ -184,6 +263,17 @@ def _exactness(policy: Policy, query: Query, num: int) -> dict[str, object]:
         "grad_rel_diff": float((our_gradient - their_gradient).norm() / their_gradient.norm()),
         "logp_max_diff": float((ours - theirs).abs().max()),
     }
+
+
+def _copied_logprobs(policy: Policy, query: Query, completions: Tensor) -> Tensor:
+    num, length = completions.shape
+    prompt = policy.family.prompt(query.images, query.question).inputs
+    inputs = {name: value.repeat_interleave(num, 0) for name, value in prompt.items()}
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], completions], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    logits = policy.family.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
+    logits = logits.index_fill(-1, policy.family.forbidden, float("-inf"))
+    return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 
 if __name__ == "__main__":
