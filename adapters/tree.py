@@ -9,7 +9,9 @@ are rows of one cache where the family allows it.
 
 from __future__ import annotations
 
+import math
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -24,6 +26,12 @@ from servetune.adapters.family import Family, Prefix, Prompt
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
+
+FEW_NODES = 96
+"""As many tokens of answers are fed at once rather than searched."""
+
+EPSILON = 1e-3
+"""Share of the probability of all answers that a search may leave unexplored."""
 
 KEPT_BYTES = 256 * 2**20
 """Keys and values of prompts that are kept for a second use; beyond, the prompts are fed again."""
@@ -206,6 +214,96 @@ def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[_Trie | None]) -
         fed = family.extend(prefix.fork(), tokens.to(device), positions.to(device), mask.to(device))
         logits = torch.cat([logits, fed], dim=1)
     return list(_allowed(family, logits))
+
+
+@torch.no_grad()
+def search(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]], epsilon: float = EPSILON) -> Tensor:
+    """(N,) log-probabilities of whole answers after a single prompt, without feeding what cannot matter.
+
+    All that begins alike is together at most as likely as its beginning. Beginnings are fed, the likeliest first,
+    until those that are left have no more than `epsilon` of the probability that was found; it is shared out among
+    the answers below them. A few answers are fed at once, and exactly.
+    """
+    trie = _Trie(sequences)
+    if len(trie.inner) <= FEW_NODES:
+        return score(family, prefix, sequences)[0].sum(-1)
+    crown = _Crown(family, prefix, trie)
+    while chosen := crown.choose(epsilon):
+        crown.feed(chosen)
+    return crown.totals()
+
+
+class _Crown:
+    """A trie of answers of which only the likely beginnings are fed."""
+
+    def __init__(self, family: Family, prefix: Prefix, trie: _Trie) -> None:
+        self._family, self._prefix, self._trie = family, prefix, trie
+        self._cache = prefix.fork()
+        self._place: dict[int, int] = {}  # fed node -> its place in the cache row, after the prompt
+        self._children: dict[int, list[int]] = {}
+        for node, parent in enumerate(trie.parents):
+            self._children.setdefault(parent, []).append(node)
+        self._logprobs: dict[int, float] = {}  # of the path up to each node that is known
+        self._open: set[int] = set()  # known nodes with children that are not
+        self._note([-1], prefix.logits)
+
+    def choose(self, epsilon: float) -> list[int]:
+        """The beginnings to feed next: none when the rest does not matter."""
+        found = sum(math.exp(p) for node, p in self._logprobs.items() if node not in self._children)
+        mass = {node: math.exp(self._logprobs[node]) for node in self._open}
+        rest = sum(mass.values())
+        if rest <= epsilon * found:
+            return []
+        enough, chosen = epsilon / 2 * (found + rest), []
+        for node in sorted(mass, key=lambda node: -mass[node])[:MAX_NODES]:
+            if rest <= enough:
+                break
+            chosen.append(node)
+            rest -= mass[node]
+        return chosen
+
+    def feed(self, nodes: list[int]) -> None:
+        """Learn what follows some beginnings."""
+        width, device = self._prefix.width, self._prefix.logits.device
+        mask = torch.zeros(1, len(nodes), width + len(self._place) + len(nodes), dtype=torch.bool)
+        mask[:, :, :width] = True
+        start, depths = len(self._place), []
+        for row, node in enumerate(nodes):
+            self._place[node] = start + row
+            path = [self._place[each] for each in self._path(node)]
+            mask[0, row, [width + place for place in path]] = True
+            depths.append(len(path) - 1)
+        tokens = torch.tensor([[self._trie.tokens[node] for node in nodes]], device=device)
+        positions = torch.tensor([depths], device=device) + self._prefix.positions[0]
+        self._note(nodes, self._family.extend(self._cache, tokens, positions, mask.to(device))[0])
+
+    def totals(self) -> Tensor:
+        """(N,) log-probability of each answer, or its share of the beginning that was not fed."""
+        known = []
+        for path in self._trie.paths:
+            node = next(node for node in reversed(path) if node in self._logprobs)
+            known.append(node)
+        below = Counter(known)
+        return torch.tensor([self._logprobs[node] - math.log(below[node]) for node in known])
+
+    def _path(self, node: int) -> list[int]:
+        path = [node]
+        while (node := self._trie.parents[node]) != -1:
+            path.append(node)
+        return path
+
+    def _note(self, nodes: list[int], logits: Tensor) -> None:
+        """Take down the children of some nodes, from the (M, V) logits after them."""
+        logprobs = _allowed(self._family, logits).log_softmax(-1)
+        for node, row in zip(nodes, logprobs, strict=True):
+            before = self._logprobs.get(node, 0.0)
+            children = self._children[node]
+            following = row[[self._trie.tokens[child] for child in children]].tolist()
+            for child, logprob in zip(children, following, strict=True):
+                self._logprobs[child] = before + logprob
+                if child in self._children:
+                    self._open.add(child)
+            self._open.discard(node)
 
 
 def _packs(lengths: list[int]) -> Iterator[list[int]]:

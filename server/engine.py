@@ -274,7 +274,7 @@ class Engine:
         return looks.take(self._policy, stop), time.perf_counter() - began
 
     def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int, temperature: float) -> _Found:
-        logprobs = self._policy.label_logprobs(prefix, labels)
+        logprobs = self._policy.search_labels(prefix, labels)
         shares = (logprobs / temperature).softmax(-1)
         best = shares.topk(min(top_k, len(labels)))
         ranked = [(labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]

@@ -106,6 +106,43 @@ def test_likely_labels_are_exact_where_it_matters(made: Policy) -> None:
         assert bool((ours[~near] <= ours.max() - 5.8).all())
 
 
+@pytest.mark.parametrize("std", [0.05, 1.0])
+def test_a_search_finds_the_shares_of_a_long_list(made: Policy, std: float) -> None:
+    """Peaked or not: every share is right within what the search may leave unexplored."""
+    stir(made, "candidate", std=std)
+    made.use("candidate")
+    words = ("a", "cat", "dog", "red", "green", "blue", "yes", "no", "mat", "the")
+    labels = tuple(f"{one} {two} {three}" for one in words for two in words for three in words[:3])
+    with torch.no_grad():
+        prefix = made.begin(made.observe(query()))
+        exact = made.label_logprobs(prefix, labels)
+    found = made.search_labels(prefix, labels)
+    assert len(found) == 300
+    torch.testing.assert_close(found.softmax(-1), exact.softmax(-1), atol=2e-3, rtol=0)
+    assert int(found.argmax()) == int(exact.argmax())
+    torch.testing.assert_close(found.max(), exact.max(), atol=1e-3, rtol=1e-3)
+
+
+def test_a_search_does_not_feed_what_cannot_matter(made: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = tuple(f"{one} {two}" for one in "abcdefghijklmnop" for two in "abcdefghijklmnop")
+    fed: list[int] = []
+    whole = made.family.extend
+
+    def counted(cache: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+        fed.append(tokens.numel())
+        return whole(cache, tokens, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(made.family, "extend", counted)
+    with torch.no_grad():
+        prefix = made.begin(made.observe(query()))
+        prefix.logits = torch.zeros_like(prefix.logits)
+        prefix.logits[0, made.family.tokens(labels[40])[0]] = 100.0
+    found = made.search_labels(prefix, labels)
+    whole_trie = tree._Trie([made.family.tokens(label) for label in labels])
+    assert sum(fed) < len(whole_trie.inner) / 4
+    assert labels[int(found.argmax())].startswith(labels[40][0])
+
+
 def test_greedy_answers_are_those_of_generate(made: Policy) -> None:
     stir(made, "candidate")
     made.use("candidate")
