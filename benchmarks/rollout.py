@@ -2,16 +2,16 @@
 
     python -m benchmarks.rollout [--models mid nano] [--rounds 5] [--threads 1]
 
-The peer is `generate(num_return_sequences=N)` of transformers on the same model, image and question, with as many
-tokens for every answer, in the same process by turns; both sides see an image that they do not know. Seconds are CPU
-seconds. vLLM is measured where its environment can be made and `--vllm` is given: a server of its own, one request
-with n = N, wall seconds on both sides.
+The peer is `generate(num_return_sequences=N)` of transformers on the same model, image and question, with as
+many tokens for every answer, in the same process by turns; both sides see an image that they do not know.
+Seconds are CPU seconds. vLLM is measured where its environment can be made and `--vllm` is given: a server of
+its own, one request with n = N, wall seconds on both sides.
 
-Last line of stdout: JSON. `ratio_generate_short` and `ratio_generate_long` (32 answers of 5 and of 32 tokens; peer /
-ours), `growth` (seconds of N answers of 5 tokens, N = 1..128), `doubling_32_64` (seconds for 64 over those for 32),
-`step_doubling_32_64` (the same for a whole learning step), `prompt` (seconds by length of the prompt, 32 answers of 5
-tokens), `labels` (seconds of a whole cold request by number of labels) and `labels_1000_vs_10`; the first model's
-keys are bare, another's have its name in front.
+Last line of stdout: JSON. `ratio_generate_short` and `ratio_generate_long` (32 answers of 5 and of 32 tokens;
+peer / ours), `growth` (seconds of N answers of 5 tokens, N = 1..128), `doubling_32_64` (seconds for 64 over
+those for 32), `step_doubling_32_64` (the same for a whole learning step), `prompt` (seconds by length of the
+prompt, 32 answers of 5 tokens), `labels` (seconds of a whole cold request by number of labels) and
+`labels_1000_vs_10`; the first model's keys are bare, another's have its name in front.
 """
 
 from __future__ import annotations
