@@ -30,6 +30,8 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from servetune.adapters import attention
+
 DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
 TOKEN_CACHE = 65_536  # answers
 MAX_SEEN = 4_000_000  # pixel values in one pass of the vision tower
@@ -113,6 +115,7 @@ class Family:
 
     def __init__(self, model: nn.Module, processor: Any, recognition_question: str, source: str) -> None:
         self.model: Any = model.eval().requires_grad_(False)
+        self.model.get_decoder().config._attn_implementation = attention.NAME
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
@@ -287,25 +290,35 @@ class Family:
         last = hidden.last_hidden_state[torch.arange(len(rows)), torch.tensor(lengths) - 1]
         return Prefix(cache, head(last).float(), tuple(lengths), tuple(lengths))
 
-    def extend(self, cache: DynamicCache, tokens: Tensor, positions: Tensor, mask: Tensor | None) -> Tensor:
+    def extend(
+        self,
+        cache: DynamicCache,
+        tokens: Tensor,
+        positions: Tensor,
+        mask: Tensor | None,
+        blocks: attention.Blocks | None = None,
+    ) -> Tensor:
         """Feed M further tokens to each of B cache rows.
 
         Args:
             tokens: (B, M) token ids.
             positions: (B, M) position ids.
             mask: (B, M, cached + M) True where a token may look, or None for plain causal attention.
+            blocks: of the tokens of a single row; the mask is then (R, T, cached + T), one row for each block.
 
         Returns:
             (B, M, V) float32 logits.
         """
-        attention = None
+        allowed = None
         if mask is not None:
             dtype = self.model.dtype
-            attention = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-            attention = attention.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+            allowed = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+            allowed = allowed.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
+            if blocks is not None:
+                allowed = attention.with_blocks(allowed, blocks)
         output = self.model(
             input_ids=tokens,
-            attention_mask=attention,
+            attention_mask=allowed,
             position_ids=positions,
             cache=cache,
             use_cache=True,

@@ -22,10 +22,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from servetune.adapters.attention import Blocks
 from servetune.adapters.family import Family, Prefix, Prompt
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
+
+COPY_COST = 8
+"""What it takes to copy one key and value of the prompt, in scores of a query against a key."""
 
 FEW_NODES = 96
 """As many tokens of answers are fed at once rather than searched."""
@@ -145,6 +149,27 @@ class _Trie:
         tokens = torch.tensor([self.tokens[node] for node in self.inner], dtype=torch.long)
         return tokens, torch.tensor(depths, dtype=torch.long), visible
 
+    def groups(self, prompt: int) -> list[list[int]] | None:
+        """Places of the inner nodes in groups of about one size that do not see each other; None if it does not pay.
+
+        What follows one first token stays together.
+        """
+        families: dict[int, list[int]] = {}
+        roots: dict[int, int] = {}
+        for index, node in enumerate(self.inner):
+            roots[node] = roots.get(self.parents[node], node)
+            families.setdefault(roots[node], []).append(index)
+        longest = max(map(len, families.values()), default=0)
+        groups: list[list[int]] = []
+        for family in sorted(families.values(), key=len, reverse=True):
+            room = next((group for group in groups if len(group) + len(family) <= longest), None)
+            if room is None:
+                groups.append(room := [])
+            room.extend(family)
+        whole = len(self.inner) * (prompt + len(self.inner))
+        apart = len(groups) * (longest * (prompt + longest) + COPY_COST * prompt)
+        return groups if 1.5 * apart < whole else None
+
     def read(self, logits: Tensor) -> list[Tensor]:
         """Per sequence its tokens' log-probabilities, from (1 + M, V) logits after prompt and inner nodes."""
         logprobs, device = self._logprobs(logits), logits.device
@@ -202,7 +227,9 @@ def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[_Trie | None]) -
     """Per row (1 + M, V) logits after its prompt and after the inner nodes of its trie, where it has one."""
     logits = prefix.logits[:, None]
     most = max(len(trie.inner) if trie else 0 for trie in tries)
-    if most:
+    if len(tries) == 1 and tries[0] and (groups := tries[0].groups(prefix.width)):
+        logits = torch.cat([logits, _feed_groups(family, prefix, tries[0], groups)], dim=1)
+    elif most:
         device = logits.device
         tokens, positions = (torch.zeros(len(tries), most, dtype=torch.long) for _ in range(2))
         mask = torch.zeros(len(tries), most, prefix.width + most, dtype=torch.bool)
@@ -304,6 +331,19 @@ class _Crown:
                 if child in self._children:
                     self._open.add(child)
             self._open.discard(node)
+
+
+def _feed_groups(family: Family, prefix: Prefix, trie: _Trie, groups: list[list[int]]) -> Tensor:
+    """(1, M, V) logits after the inner nodes, whose attention is computed group by group."""
+    tokens, depths, visible = trie.fed()
+    blocks, device = Blocks(groups), prefix.logits.device
+    mask = torch.ones(*blocks.tokens.shape, prefix.width + blocks.tokens.shape[1], dtype=torch.bool)
+    mask[:, :, prefix.width :] = False
+    for row, group in enumerate(groups):
+        size = len(group)
+        mask[row, :size, prefix.width : prefix.width + size] = visible[group][:, group]
+    positions = (depths + prefix.positions[0])[None].to(device)
+    return family.extend(prefix.fork(), tokens[None].to(device), positions, mask.to(device), blocks)
 
 
 def _packs(lengths: list[int]) -> Iterator[list[int]]:
