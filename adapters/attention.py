@@ -1,7 +1,7 @@
 """Attention for continuations of a shared prompt, as an implementation that transformers can choose.
 
 Beside what PyTorch's kernel does it packs heads that share keys, so that no key is copied for them, and it lets
-tokens that cannot see each other be attended to in blocks: the answers to one prompt share its keys and nothing else.
+tokens that cannot see each other be attended to in blocks: answers to one prompt share its keys and nothing else.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class Blocks:
         longest = max(map(len, groups))
         padded = [group + group[:1] * (longest - len(group)) for group in groups]
         self.tokens = torch.tensor(padded)  # (R, T), padded with the group's first
-        cells = {place: row * longest + column for row, group in enumerate(groups) for column, place in enumerate(group)}
+        cells = {
+            place: row * longest + column for row, group in enumerate(groups) for column, place in enumerate(group)
+        }
         self.cells = torch.tensor([cells[place] for place in sorted(cells)])  # (M,) of each token among the R * T
 
 
@@ -49,7 +51,10 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     if attention_mask is None or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        plain: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, scaling=scaling, **kwargs
+        )
+        return plain
     blocks: Blocks | None = getattr(attention_mask, "blocks", None)
     if blocks is None:
         return _packed(query, key, value, attention_mask, scaling).transpose(1, 2).contiguous(), None

@@ -115,7 +115,7 @@ class Family:
 
     def __init__(self, model: nn.Module, processor: Any, recognition_question: str, source: str) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.model.get_decoder().config._attn_implementation = attention.NAME
+        self.model.get_decoder().config._attn_implementation = attention.NAME  # type: ignore[operator]
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template

@@ -150,9 +150,9 @@ class _Trie:
         return tokens, torch.tensor(depths, dtype=torch.long), visible
 
     def groups(self, prompt: int) -> list[list[int]] | None:
-        """Places of the inner nodes in groups of about one size that do not see each other; None if it does not pay.
+        """Places of the inner nodes in groups of about one size that do not see each other.
 
-        What follows one first token stays together.
+        What follows one first token stays together. None where it does not pay.
         """
         families: dict[int, list[int]] = {}
         roots: dict[int, int] = {}

@@ -86,6 +86,7 @@ class Settings(BaseSettings):
     flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
     lease_s: float = Field(30.0, gt=1)
     max_deliveries: int = Field(5, ge=1)
+    step_bytes: int = Field(2 * 2**30, ge=1, description="activations of one backward pass at most, about")
     learning_rate: float = Field(1e-3, gt=0)
     kl_coefficient: float = Field(0.04, ge=0)
     seed: int = 0

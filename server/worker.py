@@ -44,6 +44,7 @@ def learner_config(settings: Settings) -> LearnerConfig:
         max_tokens=settings.max_answer_tokens,
         learning_rate=settings.learning_rate,
         kl_coefficient=settings.kl_coefficient,
+        max_bytes=settings.step_bytes,
     )
 
 

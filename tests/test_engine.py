@@ -21,6 +21,7 @@ from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.views import safe_views
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
+from servetune.server.model import _dtype
 from servetune.server.settings import Settings
 from tests.conftest import query
 
@@ -399,3 +400,21 @@ async def test_live_is_the_same_to_the_bit_afterwards(engine: Engine, policy: Po
         assert all(torch.equal(weights[key], value) for key, value in policy.weights(slot).items())
     assert store.live().version == version
     assert engine.residency()[1] == {}
+
+
+@pytest.mark.parametrize(
+    ("model", "device", "amx", "dtype", "expected"),
+    [
+        ("nano", "cpu", True, "auto", "float32"),
+        ("a/b", "cpu", True, "auto", "bfloat16"),
+        ("a/b", "cpu", False, "auto", "float32"),
+        ("a/b", "cuda:0", False, "auto", "bfloat16"),
+        ("nano", "cpu", False, "bfloat16", "bfloat16"),
+    ],
+)
+def test_the_dtype_is_what_the_hardware_is_faster_in(
+    monkeypatch: pytest.MonkeyPatch, model: str, device: str, amx: bool, dtype: str, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    chosen = Settings.model_validate({"model": model, "dtype": dtype})
+    assert _dtype(chosen, device) == expected

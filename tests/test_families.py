@@ -276,3 +276,28 @@ def test_a_prompt_longer_than_the_model_is_refused(tiny: Path) -> None:
     family = Family.load(str(tiny))
     with pytest.raises(PromptTooLong, match=str(family.max_length)):
         family.prompt([noise()], "what is this? " * family.max_length)
+
+
+@pytest.mark.parametrize("longest", [3, 9])
+def test_attention_in_blocks_is_that_of_the_whole_tree(
+    made: Policy, monkeypatch: pytest.MonkeyPatch, longest: int
+) -> None:
+    """Groups of unlike sizes, some of them in one block; log-probabilities and gradients."""
+    stir(made, "candidate")
+    made.use("candidate")
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, longest, (24,), generator=generator).tolist()
+    sequences = [
+        (260 + number % 7, *torch.randint(260, 300, (length,), generator=generator).tolist())
+        for number, length in enumerate(lengths)
+    ]
+    found = []
+    for cost in (0, 10**9):
+        monkeypatch.setattr(tree, "COPY_COST", cost)
+        grouped = tree._Trie(sequences).groups(1)
+        assert (grouped is None) == bool(cost)
+        logprobs, mask = tree.score(made.family, made.begin(made.observe(query())), sequences)
+        (logprobs * mask).sum().backward()
+        found.append((logprobs.detach(), flat_gradient(made)))
+    torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
+    assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-5
