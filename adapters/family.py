@@ -103,6 +103,13 @@ class Prefix:
         """(B, width) True on the tokens of each prompt."""
         return torch.arange(self.width) < torch.tensor(self.lengths)[:, None]
 
+    def alone(self, row: int) -> Prefix:
+        """One of the prompts."""
+        cache, length = self.fork(), self.lengths[row]
+        for layer in cache.layers:
+            layer.keys, layer.values = (each[row : row + 1, :, :length] for each in (layer.keys, layer.values))
+        return Prefix(cache, self.logits[row : row + 1], (length,), (self.positions[row],))
+
     def fork(self) -> DynamicCache:
         """A cache that shares the prompts' tensors; extending it leaves this prefix untouched."""
         cache = copy.copy(self.cache)

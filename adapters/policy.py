@@ -204,6 +204,11 @@ class Policy:
             self._seen.put(picture, features[picture])
         return [Observation(prompt, features[picture]) for prompt, picture in zip(prompts, pictures, strict=True)]
 
+    def warm(self) -> None:
+        """Find out now, and not with the first queries, what the family can do for several of them together."""
+        queries = [Query("warm", (Image.new("RGB", (64, 64), color),), "?") for color in ("white", "black")]
+        self.begin_each(self.observe_each(queries))
+
     def keep(self, observation: Observation) -> Observation:
         """An observation fit to be kept: without features that an adapter changes."""
         return observation if self.spec.part == "language" else replace(observation, features={})

@@ -10,6 +10,7 @@ are rows of one cache where the family allows it.
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ COPY_COST = 8
 FEW_NODES = 96
 """As many tokens of answers are fed at once rather than searched."""
 
-EPSILON = 1e-3
+EPSILON = 1e-2
 """Share of the probability of all answers that a search may leave unexplored."""
 
 KEPT_BYTES = 256 * 2**20
@@ -43,6 +44,20 @@ KEPT_BYTES = 256 * 2**20
 
 class Stopped(Exception):
     """Nobody waits for these answers any more."""
+
+
+class Watch:
+    """What is asked and told while answers to several prompts grow, between two tokens."""
+
+    def stopped(self, row: int) -> bool:
+        """Whether nobody waits for the answers to a prompt any more."""
+        return False
+
+    def finished(self, row: int, samples: list[Sample]) -> None:
+        """All answers to a prompt have come to an end."""
+
+    def stepped(self, depth: int) -> None:
+        """Every answer that still grows has its token at this depth, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,94 +258,93 @@ def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[_Trie | None]) -
     return list(_allowed(family, logits))
 
 
-@torch.no_grad()
 def search(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]], epsilon: float = EPSILON) -> Tensor:
-    """(N,) log-probabilities of whole answers after a single prompt, without feeding what cannot matter.
+    """As `search_each`, after a single prompt."""
+    return search_each(family, prefix, [sequences], epsilon)[0]
+
+
+@torch.no_grad()
+def search_each(
+    family: Family, prefix: Prefix, sequences: Sequence[Sequence[Sequence[int]]], epsilon: float = EPSILON
+) -> list[Tensor]:
+    """(N,) log-probabilities of whole answers after each prompt, without feeding what cannot matter.
 
     All that begins alike is together at most as likely as its beginning. Beginnings are fed, the likeliest first,
     until those that are left have no more than `epsilon` of the probability that was found; it is shared out among
-    the answers below them. A few answers are fed at once, and exactly.
+    the answers below them. Where all lists are short they are fed at once, and exactly.
     """
-    trie = _Trie(sequences)
-    if len(trie.inner) <= FEW_NODES:
-        return score(family, prefix, sequences)[0].sum(-1)
-    crown = _Crown(family, prefix, trie)
-    while chosen := crown.choose(epsilon):
-        crown.feed(chosen)
-    return crown.totals()
+    distinct = {id(own): _Trie(own) for own in sequences}
+    tries = [distinct[id(own)] for own in sequences]
+    if max(len(trie.inner) for trie in tries) <= FEW_NODES:
+        return [torch.cat(parts) for parts in _score(family, prefix, sequences, _Trie.totals)]
+    crowns = [_Crown(trie) for trie in tries]
+    for row, crown in enumerate(crowns):
+        crown.note([-1], _allowed(family, prefix.logits[row : row + 1]))
+    shoots, most = _Shoots(family, prefix), MAX_NODES // len(crowns)
+    while any(chosen := [crown.choose(epsilon, most) for crown in crowns]):
+        # A list that needs many takes more rounds: the others are done then, and out of the way.
+        usual = statistics.median(len(nodes) for nodes in chosen if nodes)
+        chosen = [nodes[: max(16, int(2 * usual))] for nodes in chosen]
+        branches = [crown.branch(row, node) for row, crown in enumerate(crowns) for node in chosen[row]]
+        logits = _allowed(family, shoots.feed(branches))
+        for row, (crown, nodes) in enumerate(zip(crowns, chosen, strict=True)):
+            own = [place for place, branch in enumerate(branches) if branch.row == row]
+            crown.places |= {node: branches[place].path for node, place in zip(nodes, own, strict=True)}
+            crown.note(nodes, logits[own])
+    return [crown.totals() for crown in crowns]
 
 
 class _Crown:
     """A trie of answers of which only the likely beginnings are fed."""
 
-    def __init__(self, family: Family, prefix: Prefix, trie: _Trie) -> None:
-        self._family, self._prefix, self._trie = family, prefix, trie
-        self._cache = prefix.fork()
-        self._place: dict[int, int] = {}  # fed node -> its place in the cache row, after the prompt
+    def __init__(self, trie: _Trie) -> None:
+        self.trie = trie
+        self.places: dict[int, tuple[int, ...]] = {-1: ()}  # fed node -> places of its path in the cache row
         self._children: dict[int, list[int]] = {}
         for node, parent in enumerate(trie.parents):
             self._children.setdefault(parent, []).append(node)
         self._logprobs: dict[int, float] = {}  # of the path up to each node that is known
+        self._found = 0.0  # probability of the whole answers that are known
         self._open: set[int] = set()  # known nodes with children that are not
-        self._note([-1], prefix.logits)
 
-    def choose(self, epsilon: float) -> list[int]:
+    def choose(self, epsilon: float, most: int) -> list[int]:
         """The beginnings to feed next: none when the rest does not matter."""
-        found = sum(math.exp(p) for node, p in self._logprobs.items() if node not in self._children)
         mass = {node: math.exp(self._logprobs[node]) for node in self._open}
         rest = sum(mass.values())
-        if rest <= epsilon * found:
+        if rest <= epsilon * self._found:
             return []
-        enough, chosen = epsilon / 2 * (found + rest), []
-        for node in sorted(mass, key=lambda node: -mass[node])[:MAX_NODES]:
-            if rest <= enough:
+        enough = epsilon / 2 * (self._found + rest)
+        chosen: list[int] = []
+        for node in sorted(mass, key=mass.__getitem__, reverse=True)[:most]:
+            if rest <= enough and chosen:
                 break
             chosen.append(node)
             rest -= mass[node]
         return chosen
 
-    def feed(self, nodes: list[int]) -> None:
-        """Learn what follows some beginnings."""
-        width, device = self._prefix.width, self._prefix.logits.device
-        mask = torch.zeros(1, len(nodes), width + len(self._place) + len(nodes), dtype=torch.bool)
-        mask[:, :, :width] = True
-        start, depths = len(self._place), []
-        for row, node in enumerate(nodes):
-            self._place[node] = start + row
-            path = [self._place[each] for each in self._path(node)]
-            mask[0, row, [width + place for place in path]] = True
-            depths.append(len(path) - 1)
-        tokens = torch.tensor([[self._trie.tokens[node] for node in nodes]], device=device)
-        positions = torch.tensor([depths], device=device) + self._prefix.positions[0]
-        self._note(nodes, self._family.extend(self._cache, tokens, positions, mask.to(device))[0])
-
-    def totals(self) -> Tensor:
-        """(N,) log-probability of each answer, or its share of the beginning that was not fed."""
-        known = []
-        for path in self._trie.paths:
-            node = next(node for node in reversed(path) if node in self._logprobs)
-            known.append(node)
-        below = Counter(known)
-        return torch.tensor([self._logprobs[node] - math.log(below[node]) for node in known])
-
-    def _path(self, node: int) -> list[int]:
-        path = [node]
-        while (node := self._trie.parents[node]) != -1:
-            path.append(node)
-        return path
-
-    def _note(self, nodes: list[int], logits: Tensor) -> None:
+    def note(self, nodes: list[int], logits: Tensor) -> None:
         """Take down the children of some nodes, from the (M, V) logits after them."""
-        logprobs = _allowed(self._family, logits).log_softmax(-1)
+        logprobs = logits.log_softmax(-1)
         for node, row in zip(nodes, logprobs, strict=True):
-            before = self._logprobs.get(node, 0.0)
-            children = self._children[node]
-            following = row[[self._trie.tokens[child] for child in children]].tolist()
+            before, children = self._logprobs.get(node, 0.0), self._children[node]
+            following = row[[self.trie.tokens[child] for child in children]].tolist()
             for child, logprob in zip(children, following, strict=True):
                 self._logprobs[child] = before + logprob
                 if child in self._children:
                     self._open.add(child)
+                else:
+                    self._found += math.exp(before + logprob)
             self._open.discard(node)
+
+    def totals(self) -> Tensor:
+        """(N,) log-probability of each answer, or its share of the beginning that was not fed."""
+        known = [next(node for node in reversed(path) if node in self._logprobs) for path in self.trie.paths]
+        below = Counter(known)
+        return torch.tensor([self._logprobs[node] - math.log(below[node]) for node in known])
+
+    def branch(self, row: int, node: int) -> _Branch:
+        """A node to be fed, in a row of the cache."""
+        return _Branch(row, (self.trie.tokens[node],), 0.0, 1, self.places[self.trie.parents[node]])
 
 
 def _feed_groups(family: Family, prefix: Prefix, trie: _Trie, groups: list[list[int]]) -> Tensor:
@@ -417,22 +431,51 @@ def sample(
     Raises:
         Stopped: `stop` was set meanwhile.
     """
-    return _grow(family, prefix, num, _drawing(temperature, generator), max_tokens, stop)[0]
+    return _grow(family, prefix, num, _drawing(temperature, generator), [max_tokens], _Stop(stop))[0]
 
 
 def sample_each(
     prefixes: Prefixes,
     num: int,
-    max_tokens: int,
+    max_tokens: int | Sequence[int],
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
+    watch: Watch | None = None,
 ) -> list[list[Sample]]:
-    """As `sample`, `num` answers to each of several prompts."""
+    """As `sample`, `num` answers to each of several prompts; those to one that was stopped are incomplete."""
     found: dict[int, list[Sample]] = {}
+    longest = [max_tokens] * len(prefixes) if isinstance(max_tokens, int) else max_tokens
     for rows, prefix in prefixes:
-        draw = _drawing(temperature, generator)
-        found |= zip(rows, _grow(prefixes.family, prefix, num, draw, max_tokens), strict=True)
+        limits, watched = [longest[row] for row in rows], _Rows(watch or Watch(), rows)
+        grown = _grow(prefixes.family, prefix, num, _drawing(temperature, generator), limits, watched)
+        found |= zip(rows, grown, strict=True)
     return [found[row] for row in range(len(prefixes))]
+
+
+class _Rows(Watch):
+    """A watch over some rows of a batch."""
+
+    def __init__(self, watch: Watch, rows: list[int]) -> None:
+        self._watch, self._rows = watch, rows
+        self.stepped = watch.stepped  # type: ignore[method-assign]
+
+    def stopped(self, row: int) -> bool:
+        return self._watch.stopped(self._rows[row])
+
+    def finished(self, row: int, samples: list[Sample]) -> None:
+        self._watch.finished(self._rows[row], samples)
+
+
+class _Stop(Watch):
+    """Ends everything when an event is set."""
+
+    def __init__(self, stop: threading.Event | None) -> None:
+        self._stop = stop
+
+    def stopped(self, row: int) -> bool:
+        if self._stop and self._stop.is_set():
+            raise Stopped
+        return False
 
 
 def _drawing(temperature: float, generator: torch.Generator | None) -> Draw:
@@ -458,40 +501,39 @@ def alternatives(
         for token in logprobs.topk(min(count, possible)).indices.tolist():
             yield token, 1
 
-    return sorted(_grow(family, prefix, num, draw, max_tokens, stop)[0], key=lambda s: -s.logprob)
+    return sorted(_grow(family, prefix, num, draw, [max_tokens], _Stop(stop))[0], key=lambda s: -s.logprob)
 
 
 @torch.no_grad()
 def _grow(
-    family: Family,
-    prefix: Prefix,
-    num: int,
-    draw: Draw,
-    max_tokens: int,
-    stop: threading.Event | None = None,
+    family: Family, prefix: Prefix, num: int, draw: Draw, max_tokens: Sequence[int], watch: Watch
 ) -> list[list[Sample]]:
     """Grow a tree below every prompt, all of them a level at a time."""
     done: list[list[Sample]] = [[] for _ in prefix.lengths]
-    limits = [min(max_tokens, family.max_length - length) for length in prefix.lengths]
+    limits = [
+        min(most, family.max_length - length) for most, length in zip(max_tokens, prefix.lengths, strict=True)
+    ]
     level = [_Branch(row, (), 0.0, num, ()) for row in range(len(prefix.lengths))]
     shoots, logits = _Shoots(family, prefix), prefix.logits
     for depth in range(max(limits)):
-        if stop and stop.is_set():
-            raise Stopped
+        stopped = {row for row in {branch.row for branch in level} if watch.stopped(row)}
         logprobs = _allowed(family, logits).log_softmax(-1)
         children = []
         for branch, row in zip(level, logprobs, strict=True):
-            for token, count in draw(row, branch.count):
+            for token, count in draw(row, branch.count) if branch.row not in stopped else ():
                 tokens = (*branch.tokens, token)
                 logprob = branch.logprob + float(row[token])
                 if token in family.end_tokens or depth + 1 == limits[branch.row]:
                     done[branch.row].append(Sample(tokens, logprob, count, token in family.end_tokens))
                 else:
                     children.append(_Branch(branch.row, tokens, logprob, count, branch.path))
+        for row in {branch.row for branch in level} - {branch.row for branch in children} - stopped:
+            watch.finished(row, done[row])
         if not children:
             break
+        watch.stepped(depth)
         level = children
-        logits = shoots.feed(level, depth)
+        logits = shoots.feed(level)
     return done
 
 
@@ -507,7 +549,7 @@ class _Shoots:
         self._seen = prefix.seen()
         self._fed = 0  # columns after the prompts
 
-    def feed(self, branches: list[_Branch], depth: int) -> Tensor:
+    def feed(self, branches: list[_Branch]) -> Tensor:
         """(branches, V) logits after the last token of every branch, whose place in its cache row is noted."""
         self._drop_finished({branch.row for branch in branches})
         place = {row: index for index, row in enumerate(self._rows)}
@@ -521,7 +563,9 @@ class _Shoots:
         most = max(taken)
         tokens = torch.zeros(len(taken), most, dtype=torch.long)
         tokens[rows, columns] = torch.tensor([branch.tokens[-1] for branch in branches])
-        positions = torch.tensor([self._positions[row] + depth for row in self._rows])[:, None].expand(-1, most)
+        depths = torch.zeros(len(taken), most, dtype=torch.long)
+        depths[rows, columns] = torch.tensor([len(branch.path) for branch in branches])
+        positions = depths + torch.tensor([self._positions[row] for row in self._rows])[:, None]
         mask = self._mask(branches, cells, most)
         self._fed += most
         fed = self._family.extend(

@@ -1,39 +1,34 @@
 """The serving policy on its own thread: answers, and swaps between answers.
 
-One thread touches the model, so a swap can only ever fall between two generations. A request leases the version
-it was admitted with; a new version is read and verified beside it, copied into a free slot, probed, and becomes
-current by one assignment. A slot is reused only when nobody leases its version.
+One thread touches the model and answers together what waits for one version (`answering.py`). A request
+leases the version it was admitted with; a new version is read and verified beside it, copied into a free
+slot, probed, and becomes current by one assignment. A slot is reused only when nobody leases its version.
 """
 
 from __future__ import annotations
 
 import asyncio
-import math
-import secrets
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Concatenate, ParamSpec, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import structlog
 import torch
 from torch import Tensor
 
-from servetune.adapters import tree
-from servetune.adapters.answers import canonical
-from servetune.adapters.calibration import tempered
-from servetune.adapters.family import Prefix
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
 from servetune.adapters.types import BASE, Query, Sampling
+from servetune.server.answering import Answering, Found, Job, entropy
 from servetune.server.settings import Settings
 
-P = ParamSpec("P")
 T = TypeVar("T")
 SLOTS = ("slot0", "slot1", "slot2")
 PROBE_TOLERANCE = 1e-2
@@ -71,21 +66,6 @@ class Outcome:
     rollouts: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class _Found:
-    """The part of an outcome that the model decides."""
-
-    text: str | None
-    confidence: float | None
-    candidates: list[tuple[str, float]]
-    finish_reason: str
-    output_tokens: int
-    label_mass: float | None = None
-    argmax_is_label: bool | None = None
-    votes: dict[str, float] | None = None
-    entropy: float | None = None
-
-
 class Engine:
     """Answers queries with any version of one adapter. Its methods run on the event loop's thread."""
 
@@ -102,6 +82,7 @@ class Engine:
         self._policy = policy
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        self._answering = Answering(policy)
         self._slots: dict[int, str] = {}  # resident version -> slot, least recently used first
         self._leases: Counter[int] = Counter()
         self._running: set[threading.Event] = set()  # set one, and its generation ends
@@ -115,6 +96,7 @@ class Engine:
     async def start(self) -> None:
         """Load the live version and begin to follow the alias."""
         await self.refresh()
+        await self._run(self._policy.warm)
         self._watcher = asyncio.create_task(self._watch())
 
     async def stop(self) -> None:
@@ -123,6 +105,7 @@ class Engine:
             self._watcher.cancel()
         for stop in self._running:
             stop.set()
+        self._answering.cancel()
         await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
 
     def ready(self) -> bool:
@@ -160,7 +143,8 @@ class Engine:
             whole = (
                 sampling if deadline is None else replace(sampling, top_k=max(sampling.top_k, len(query.labels)))
             )
-            found, input_tokens, inference_s = await self._on_thread(version, self._answer, query, whole)
+            found = await self._on_thread(version, partial(self._ask, query, whole))
+            inference_s = found.inference_s
             if deadline is not None:
                 looks = Looks(query, sampling, dict(found.candidates), self._temperatures[version])
                 inference_s += await self._look_again(version, looks, deadline, inference_s)
@@ -174,7 +158,7 @@ class Engine:
             argmax_is_label=found.argmax_is_label,
             votes=found.votes,
             entropy=found.entropy,
-            input_tokens=input_tokens,
+            input_tokens=found.input_tokens,
             output_tokens=found.output_tokens,
             version=version,
             alias=None if choice == version_name(version) else choice,
@@ -192,7 +176,7 @@ class Engine:
         while not looks.done and (began := clock()) + expected_s <= deadline:
             try:
                 async with asyncio.timeout_at(deadline):
-                    look, look_s = await self._on_thread(version, self._look, looks)
+                    look, look_s = await self._on_thread(version, partial(self._look_on_thread, looks))
             except (QueueFull, TimeoutError):  # others need the model more, or have kept it for too long
                 break
             except Exception as error:  # there is an answer already
@@ -213,13 +197,9 @@ class Engine:
             self._leases[version] -= 1
 
     async def _on_thread(
-        self,
-        version: int,
-        work: Callable[Concatenate[str | None, float, threading.Event, P], T],
-        *given: P.args,
-        **named: P.kwargs,
+        self, version: int, submit: Callable[[str | None, float, threading.Event], Future[T]]
     ) -> T:
-        """Run work with the slot and the temperature of a version, at the end of the queue.
+        """What is submitted with the slot and the temperature of a version, at the end of the queue.
 
         Raises QueueFull, CorruptVersion.
         """
@@ -232,7 +212,7 @@ class Engine:
             await self._make_resident(version)
             # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
             slot, temperature = self._slots.get(version), self._temperatures[version]
-            job = self._thread.submit(work, slot, temperature, stop, *given, **named)
+            job = submit(slot, temperature, stop)
         except BaseException:
             self._release(version)
             raise
@@ -250,89 +230,24 @@ class Engine:
         self._waiting -= 1
         self._leases[version] -= 1
 
-    @torch.no_grad()
-    def _answer(
-        self, slot: str | None, temperature: float, stop: threading.Event, query: Query, sampling: Sampling
-    ) -> tuple[_Found, int, float]:
-        began = time.perf_counter()
-        self._policy.use(slot)
-        observation = self._policy.observe(query)
-        prefix = self._policy.begin(observation)
-        if query.labels:
-            found = self._choose(prefix, query.labels, sampling.top_k, temperature)
-        elif sampling.n > 1:
-            found = self._vote(prefix, sampling, stop)
-        else:
-            found = self._speak(prefix, sampling, temperature, stop)
-        return found, observation.prompt.length, time.perf_counter() - began
+    def _ask(
+        self, query: Query, sampling: Sampling, slot: str | None, temperature: float, stop: threading.Event
+    ) -> Future[Found]:
+        """Let a query wait; every query comes with a turn, and a turn answers all that it can together."""
+        job = Job(query, sampling, slot, temperature, stop, Future())
+        self._answering.add(job)
+        self._thread.submit(self._answering.turn)
+        return job.found
 
-    def _look(
-        self, slot: str | None, temperature: float, stop: threading.Event, looks: Looks
-    ) -> tuple[Look, float]:
+    def _look_on_thread(
+        self, looks: Looks, slot: str | None, temperature: float, stop: threading.Event
+    ) -> Future[tuple[Look, float]]:
+        return self._thread.submit(self._look, slot, stop, looks)
+
+    def _look(self, slot: str | None, stop: threading.Event, looks: Looks) -> tuple[Look, float]:
         began = time.perf_counter()
         self._policy.use(slot)
         return looks.take(self._policy, stop), time.perf_counter() - began
-
-    def _choose(self, prefix: Prefix, labels: tuple[str, ...], top_k: int, temperature: float) -> _Found:
-        logprobs = self._policy.search_labels(prefix, labels)
-        shares = (logprobs / temperature).softmax(-1)
-        best = shares.topk(min(top_k, len(labels)))
-        ranked = [(labels[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
-        firsts = {self._policy.family.tokens(label)[0] for label in labels}
-        return _Found(
-            text=ranked[0][0],
-            confidence=ranked[0][1],
-            candidates=ranked,
-            finish_reason="stop",
-            output_tokens=len(self._policy.family.tokens(ranked[0][0])),
-            label_mass=min(1.0, float(logprobs.exp().sum())),
-            argmax_is_label=int(prefix.logits.argmax()) in firsts,
-            entropy=_entropy(shares.tolist()),
-        )
-
-    def _speak(self, prefix: Prefix, sampling: Sampling, temperature: float, stop: threading.Event) -> _Found:
-        family = self._policy.family
-        chosen = tree.sample(
-            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), stop
-        )[0]
-        scores = {family.text(chosen.tokens): tempered(math.exp(chosen.logprob), temperature)}
-        if sampling.top_k > 1:
-            for other in tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, stop):
-                scores.setdefault(family.text(other.tokens), tempered(math.exp(other.logprob), temperature))
-        text = family.text(chosen.tokens)
-        ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
-        return _Found(
-            text=text or None,
-            confidence=scores[text] if text else None,
-            candidates=ranked[: sampling.top_k],
-            finish_reason=_finish(text, chosen.finished),
-            output_tokens=len(chosen.tokens),
-        )
-
-    def _vote(self, prefix: Prefix, sampling: Sampling, stop: threading.Event) -> _Found:
-        family = self._policy.family
-        samples = tree.sample(
-            family, prefix, sampling.n, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), stop
-        )
-        shares: dict[str, float] = defaultdict(float)
-        spoken: dict[str, tuple[str, bool]] = {}
-        for one in sorted(samples, key=lambda s: -s.count):
-            text = family.text(one.tokens)
-            answer = canonical(text)
-            shares[answer] += one.count / sampling.n
-            spoken.setdefault(answer, (text, one.finished))
-        votes = {spoken[answer][0]: share for answer, share in shares.items() if answer}
-        ranked = sorted(votes.items(), key=lambda pair: -pair[1])
-        text, share = ranked[0] if ranked else ("", 0.0)
-        return _Found(
-            text=text or None,
-            confidence=share if text else None,
-            candidates=ranked[: sampling.top_k] if sampling.top_k > 1 else ranked,
-            finish_reason=_finish(text, spoken.get(canonical(text), ("", True))[1]),
-            output_tokens=sum(len(one.tokens) * one.count for one in samples),
-            votes=votes,
-            entropy=_entropy(list(shares.values())),
-        )
 
     # --- versions ------------------------------------------------------------------------------------
 
@@ -408,7 +323,7 @@ class Engine:
         return await asyncio.wrap_future(future)
 
 
-def _pooled(found: _Found, looks: Looks, sampling: Sampling) -> _Found:
+def _pooled(found: Found, looks: Looks, sampling: Sampling) -> Found:
     """The answer of all looks together; with a single look the one that was found, cut to what was asked for."""
     if len(looks.found) < 2:
         cut = sampling.top_k if looks.query.labels else len(found.candidates)
@@ -423,19 +338,5 @@ def _pooled(found: _Found, looks: Looks, sampling: Sampling) -> _Found:
         candidates=ranked[: sampling.top_k],
         finish_reason="stop",
         output_tokens=len(looks.found[-1].tokens[text]) + drawn,
-        entropy=_entropy([share for _, share in ranked]),
+        entropy=entropy([share for _, share in ranked]),
     )
-
-
-def _generator(seed: int | None) -> torch.Generator:
-    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-
-
-def _finish(text: str, finished: bool) -> str:
-    if not text:
-        return "unparsed"
-    return "stop" if finished else "length"
-
-
-def _entropy(shares: list[float]) -> float:
-    return -sum(p * math.log(p) for p in shares if p > 0)

@@ -1,0 +1,299 @@
+"""What the model does with queries that wait for it: those of one version are answered together.
+
+Their images are encoded, their prompts forwarded and their greedy answers grown as rows of one batch, where the
+family allows it. An answer is handed out as soon as it is there. While a long one grows, what has come meanwhile
+is answered in between, so that a short question never waits for somebody's essay.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+
+import torch
+
+from servetune.adapters import tree
+from servetune.adapters.answers import canonical
+from servetune.adapters.calibration import tempered
+from servetune.adapters.family import Prefix
+from servetune.adapters.policy import Observation, Policy
+from servetune.adapters.tree import Sample, Stopped
+from servetune.adapters.types import Query, Sampling
+
+MOST_TOGETHER = 32  # queries in one batch
+LET_OTHERS_IN = 8  # tokens of a growing answer after which what waits is answered
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The part of an answer that the model decides, with what it took."""
+
+    text: str | None
+    confidence: float | None
+    candidates: list[tuple[str, float]]
+    finish_reason: str  # stop, length, unparsed
+    input_tokens: int
+    output_tokens: int
+    label_mass: float | None = None
+    argmax_is_label: bool | None = None
+    votes: dict[str, float] | None = None
+    entropy: float | None = None
+    inference_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Job:
+    """A query, the slot and temperature of the version that answers it, and who waits for the answer."""
+
+    query: Query
+    sampling: Sampling
+    slot: str | None
+    temperature: float
+    stop: threading.Event
+    found: Future[Found]
+
+
+class Answering:
+    """The queries that wait for a policy. `add` may be called from any thread, `turn` from the policy's alone."""
+
+    def __init__(self, policy: Policy) -> None:
+        self._policy = policy
+        self._pending: deque[Job] = deque()
+        self._nested = False
+
+    def add(self, job: Job) -> None:
+        """Let a job wait; whoever adds one sees to it that `turn` is called."""
+        self._pending.append(job)
+
+    def cancel(self) -> None:
+        """Nothing that waits will be answered."""
+        while self._pending:
+            self._pending.popleft().found.cancel()
+
+    @torch.no_grad()
+    def turn(self) -> None:
+        """Answer the job that has waited longest, and with it others of the same version."""
+        if not (jobs := self._take()):
+            return
+        began = time.perf_counter()
+        try:
+            self._policy.use(jobs[0].slot)
+            self._answer(jobs, began)
+        except Exception as error:
+            for job in jobs:
+                if not job.found.done():
+                    job.found.set_exception(error)
+
+    def _take(self) -> list[Job]:
+        jobs: list[Job] = []
+        others: list[Job] = []
+        while self._pending and len(jobs) < MOST_TOGETHER:
+            job = self._pending.popleft()
+            if jobs and job.slot != jobs[0].slot:
+                others.append(job)
+            elif job.found.set_running_or_notify_cancel():
+                if job.stop.is_set():
+                    job.found.set_exception(Stopped())
+                else:
+                    jobs.append(job)
+        self._pending.extendleft(reversed(others))
+        return jobs
+
+    def _answer(self, jobs: list[Job], began: float) -> None:
+        seen = self._observe(jobs)
+        greedy = [job for job in seen if not job.query.labels and _is_greedy(job.sampling)]
+        choices = [job for job in seen if job.query.labels]
+        for job in seen:
+            if job not in greedy and job not in choices:
+                self._answer_alone(job, seen[job], began)
+        if choices:
+            self._choose(choices, [seen[job] for job in choices], began)
+        if greedy:
+            self._speak(greedy, [seen[job] for job in greedy], began)
+
+    def _observe(self, jobs: list[Job]) -> dict[Job, Observation]:
+        """What the model sees of each; one whose image it cannot take has its error, and the others go on."""
+        try:
+            return dict(zip(jobs, self._policy.observe_each([job.query for job in jobs]), strict=True))
+        except ValueError as error:
+            if len(jobs) == 1:
+                jobs[0].found.set_exception(error)
+                return {}
+        return {job: one for each in jobs for job, one in self._observe([each]).items()}
+
+    # --- labels --------------------------------------------------------------------------------------
+
+    def _choose(self, jobs: list[Job], seen: Sequence[Observation], began: float) -> None:
+        family = self._policy.family
+        for rows, prefix in self._policy.begin_each(seen):
+            labels = [jobs[row].query.labels for row in rows]
+            tokens = [[family.tokens(label) for label in own] for own in labels]
+            scored = tree.search_each(family, prefix, tokens)
+            for place, (row, logprobs) in enumerate(zip(rows, scored, strict=True)):
+                job = jobs[row]
+                shares = (logprobs / job.temperature).softmax(-1)
+                best = shares.topk(min(job.sampling.top_k, len(shares)))
+                ranked = [
+                    (job.query.labels[index], share)
+                    for index, share in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                ]
+                job.found.set_result(
+                    Found(
+                        text=ranked[0][0],
+                        confidence=ranked[0][1],
+                        candidates=ranked,
+                        finish_reason="stop",
+                        input_tokens=prefix.lengths[place],
+                        output_tokens=len(family.tokens(ranked[0][0])),
+                        label_mass=min(1.0, float(logprobs.exp().sum())),
+                        argmax_is_label=int(prefix.logits[place].argmax()) in {own[0] for own in tokens[place]},
+                        entropy=entropy(shares.tolist()),
+                        inference_s=time.perf_counter() - began,
+                    )
+                )
+
+    # --- open questions ------------------------------------------------------------------------------
+
+    def _speak(self, jobs: list[Job], seen: Sequence[Observation], began: float) -> None:
+        """The greedy answers, each handed out when it ends."""
+
+        def hand_out(row: int, samples: list[Sample]) -> None:
+            job = jobs[row]
+            spoken = self._spoken(samples[0], [], job, seen[row].prompt.length)
+            job.found.set_result(_timed(spoken, began))
+
+        watch = _Watch(self, jobs, hand_out)
+        limits = [job.sampling.max_tokens for job in jobs]
+        tree.sample_each(self._policy.begin_each(seen), 1, limits, temperature=0.0, watch=watch)
+        for job in jobs:
+            if not job.found.done():
+                job.found.set_exception(Stopped())
+
+    def _answer_alone(self, job: Job, seen: Observation, began: float) -> None:
+        try:
+            prefix = self._policy.begin(seen)
+            found = self._vote(prefix, job) if job.sampling.n > 1 else self._say(prefix, job)
+            job.found.set_result(_timed(found, began))
+        except Exception as error:
+            job.found.set_exception(error)
+
+    def _say(self, prefix: Prefix, job: Job) -> Found:
+        family, sampling = self._policy.family, job.sampling
+        chosen = tree.sample(
+            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), job.stop
+        )[0]
+        others = []
+        if sampling.top_k > 1:
+            others = tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, job.stop)
+        return self._spoken(chosen, others, job, prefix.width)
+
+    def _spoken(self, chosen: Sample, others: Sequence[Sample], job: Job, input_tokens: int) -> Found:
+        family = self._policy.family
+        scores = {family.text(chosen.tokens): tempered(math.exp(chosen.logprob), job.temperature)}
+        for other in others:
+            scores.setdefault(family.text(other.tokens), tempered(math.exp(other.logprob), job.temperature))
+        text = family.text(chosen.tokens)
+        ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
+        return Found(
+            text=text or None,
+            confidence=scores[text] if text else None,
+            candidates=ranked[: job.sampling.top_k],
+            finish_reason=_finish(text, chosen.finished),
+            input_tokens=input_tokens,
+            output_tokens=len(chosen.tokens),
+        )
+
+    def _vote(self, prefix: Prefix, job: Job) -> Found:
+        family, sampling = self._policy.family, job.sampling
+        samples = tree.sample(
+            family,
+            prefix,
+            sampling.n,
+            sampling.max_tokens,
+            sampling.temperature,
+            _generator(sampling.seed),
+            job.stop,
+        )
+        shares: dict[str, float] = defaultdict(float)
+        spoken: dict[str, tuple[str, bool]] = {}
+        for one in sorted(samples, key=lambda s: -s.count):
+            text = family.text(one.tokens)
+            answer = canonical(text)
+            shares[answer] += one.count / sampling.n
+            spoken.setdefault(answer, (text, one.finished))
+        votes = {spoken[answer][0]: share for answer, share in shares.items() if answer}
+        ranked = sorted(votes.items(), key=lambda pair: -pair[1])
+        text, share = ranked[0] if ranked else ("", 0.0)
+        return Found(
+            text=text or None,
+            confidence=share if text else None,
+            candidates=ranked[: sampling.top_k] if sampling.top_k > 1 else ranked,
+            finish_reason=_finish(text, spoken.get(canonical(text), ("", True))[1]),
+            input_tokens=prefix.width,
+            output_tokens=sum(len(one.tokens) * one.count for one in samples),
+            votes=votes,
+            entropy=entropy(list(shares.values())),
+        )
+
+    # --- those who come meanwhile ----------------------------------------------------------------------
+
+    def let_in(self, slot: str | None) -> None:
+        """Answer what waits, then go on with a slot; not while others have been let in already."""
+        if self._nested or not self._pending:
+            return
+        self._nested = True
+        try:
+            self.turn()
+        finally:
+            self._nested = False
+            self._policy.use(slot)
+
+
+class _Watch(tree.Watch):
+    """Hands out what is finished, drops what nobody waits for, and lets others in."""
+
+    def __init__(
+        self, answering: Answering, jobs: list[Job], hand_out: Callable[[int, list[Sample]], None]
+    ) -> None:
+        self._answering = answering
+        self._jobs = jobs
+        self._hand_out = hand_out
+
+    def finished(self, row: int, samples: list[Sample]) -> None:
+        self._hand_out(row, samples)
+
+    def stopped(self, row: int) -> bool:
+        return self._jobs[row].stop.is_set()
+
+    def stepped(self, depth: int) -> None:
+        if (depth + 1) % LET_OTHERS_IN == 0:
+            self._answering.let_in(self._jobs[0].slot)
+
+
+def _is_greedy(sampling: Sampling) -> bool:
+    return sampling.n == 1 and sampling.temperature == 0 and sampling.top_k <= 1
+
+
+def _timed(found: Found, began: float) -> Found:
+    return replace(found, inference_s=time.perf_counter() - began)
+
+
+def _generator(seed: int | None) -> torch.Generator:
+    return torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+
+
+def _finish(text: str, finished: bool) -> str:
+    if not text:
+        return "unparsed"
+    return "stop" if finished else "length"
+
+
+def entropy(shares: list[float]) -> float:
+    """Of some probabilities, in nats."""
+    return -sum(p * math.log(p) for p in shares if p > 0)
