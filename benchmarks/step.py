@@ -220,13 +220,17 @@ def useful_flops(policy: Policy, query: Query, length: int) -> float:
     completions = 2 * (decoder + head) * fed + 4 * width * layers * fed * (prompt + length / 2)
     prompts = 2 * decoder * prompt + 4 * width * layers * prompt * prompt / 2
     vision = family.model.config.vision_config
-    patches = (int(vision.image_size[0]) // int(vision.patch_size[0])) ** 2
+    patches = (_side(vision.image_size) // _side(vision.patch_size)) ** 2
     tower = sum(p.numel() for n, p in family.model.named_parameters() if "vision" in n and _is_linear(n))
-    tiles = len(image_tokens(observation.features)) // 256
+    tiles = max(1, len(image_tokens(observation.features)) // 256)
     seeing = tiles * (
         2 * tower * patches + 4 * int(vision.hidden_size) * int(vision.num_hidden_layers) * patches**2
     )
     return seeing + 3 * prompts + 4 * completions
+
+
+def _side(size: int | list[int]) -> int:
+    return size if isinstance(size, int) else int(size[0])
 
 
 def _is_linear(name: str) -> bool:
