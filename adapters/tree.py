@@ -13,7 +13,7 @@ import math
 import statistics
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -401,8 +401,8 @@ def _allowed(family: Family, logits: Tensor) -> Tensor:
     return logits.index_fill(-1, family.forbidden.to(logits.device), float("-inf"))
 
 
-Draw = Callable[[Tensor, int], Iterator[tuple[int, int]]]
-"""(V,) log-probabilities and a branch's count -> the tokens that follow it, with their counts."""
+Draw = Callable[[Tensor, Sequence[int]], list[Iterable[tuple[int, int]]]]
+"""(n, V) log-probabilities and the counts of n branches -> the tokens that follow each, with their counts."""
 
 
 @dataclass(slots=True)
@@ -479,14 +479,12 @@ class _Stop(Watch):
 
 
 def _drawing(temperature: float, generator: torch.Generator | None) -> Draw:
-    def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
+    def draw(logprobs: Tensor, counts: Sequence[int]) -> list[Iterable[tuple[int, int]]]:
         if temperature == 0:
-            yield int(logprobs.argmax()), count
-            return
+            return [[each] for each in zip(logprobs.argmax(-1).tolist(), counts, strict=True)]
         shares = (logprobs / temperature).softmax(-1).cpu()  # generators live on the CPU
-        drawn = torch.multinomial(shares, count, replacement=True, generator=generator)
-        values, counts = torch.unique(drawn, return_counts=True)
-        yield from zip(values.tolist(), counts.tolist(), strict=True)
+        drawn = torch.multinomial(shares, max(counts), replacement=True, generator=generator).tolist()
+        return [Counter(row[:count]).items() for row, count in zip(drawn, counts, strict=True)]
 
     return draw
 
@@ -496,10 +494,12 @@ def alternatives(
 ) -> list[Sample]:
     """The `num` likeliest first tokens, each continued greedily; likeliest answer first. Raises Stopped."""
 
-    def draw(logprobs: Tensor, count: int) -> Iterator[tuple[int, int]]:
-        possible = int(logprobs.isfinite().sum())
-        for token in logprobs.topk(min(count, possible)).indices.tolist():
-            yield token, 1
+    def draw(logprobs: Tensor, counts: Sequence[int]) -> list[Iterable[tuple[int, int]]]:
+        found: list[Iterable[tuple[int, int]]] = []
+        for row, count in zip(logprobs, counts, strict=True):
+            best = row.topk(min(count, int(row.isfinite().sum()))).indices.tolist()
+            found.append([(token, 1) for token in best])
+        return found
 
     return sorted(_grow(family, prefix, num, draw, [max_tokens], _Stop(stop))[0], key=lambda s: -s.logprob)
 
@@ -518,9 +518,10 @@ def _grow(
     for depth in range(max(limits)):
         stopped = {row for row in {branch.row for branch in level} if watch.stopped(row)}
         logprobs = _allowed(family, logits).log_softmax(-1)
+        drawn = draw(logprobs, [branch.count for branch in level])
         children = []
-        for branch, row in zip(level, logprobs, strict=True):
-            for token, count in draw(row, branch.count) if branch.row not in stopped else ():
+        for branch, found, row in zip(level, drawn, logprobs.cpu().numpy(), strict=True):
+            for token, count in found if branch.row not in stopped else ():
                 tokens = (*branch.tokens, token)
                 logprob = branch.logprob + float(row[token])
                 if token in family.end_tokens or depth + 1 == limits[branch.row]:
@@ -581,9 +582,11 @@ class _Shoots:
         width = self._seen.shape[1]
         mask = torch.zeros(len(self._rows), most, width + self._fed + most, dtype=torch.bool)
         mask[:, :, :width] = self._seen[:, None]
+        seen: list[tuple[int, int, int]] = []
         for branch, (row, column) in zip(branches, cells, strict=True):
             branch.path = (*branch.path, self._fed + column)
-            mask[row, column, [width + place for place in branch.path]] = True
+            seen += [(row, column, width + place) for place in branch.path]
+        mask[tuple(torch.tensor(seen).T)] = True
         return None if bool(mask.all()) else mask
 
     def _drop_finished(self, growing: set[int]) -> None:
