@@ -58,7 +58,9 @@ def main() -> None:
 @torch.no_grad()
 def measure(policy: Policy, rounds: int) -> dict[str, Any]:
     """Everything about one model."""
-    ends, policy.family.end_tokens = policy.family.end_tokens, frozenset()
+    policy.warm()
+    ends, _ = policy.family.end_tokens, policy.family.end_token
+    policy.family.end_tokens = frozenset()  # every answer has the full length, on both sides
     policy.use(SLOT)
     image = picture((448, 448))
     found: dict[str, Any] = {}

@@ -288,7 +288,7 @@ async def test_all_views_of_a_choice_are_pooled(engine: Engine) -> None:
 
 
 async def test_answers_to_an_open_question_are_drawn_and_pooled(engine: Engine) -> None:
-    looked = await engine.answer(query(2), Sampling(max_tokens=12, top_k=3), "live", soon())
+    looked = await engine.answer(query(2), Sampling(max_tokens=40, top_k=3), "live", soon())
     assert looked.rollouts == NUM_ROLLOUTS
     assert looked.views > 1
     assert looked.finish_reason == "stop"
