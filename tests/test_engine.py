@@ -523,7 +523,7 @@ async def test_a_short_question_does_not_wait_for_a_long_answer(
 
     monkeypatch.setattr(tree._Shoots, "feed", feed)
     long = asyncio.create_task(roomy.answer(query(0), Sampling(max_tokens=600), "live"))
-    await asyncio.to_thread(grown.wait)
+    assert await asyncio.to_thread(grown.wait, 20)
     short = await roomy.answer(query(1), Sampling(max_tokens=LET_OTHERS_IN // 2), "live")
     assert not long.done()
     assert short.output_tokens == LET_OTHERS_IN // 2
