@@ -118,10 +118,10 @@ class Answering:
             self._speak(greedy, [seen[job] for job in greedy], began)
 
     def _observe(self, jobs: list[Job]) -> dict[Job, Observation]:
-        """What the model sees of each; one whose image it cannot take has its error, and the others go on."""
+        """What the model sees of each; one that cannot be taken has its error, and the others go on."""
         try:
             return dict(zip(jobs, self._policy.observe_each([job.query for job in jobs]), strict=True))
-        except ValueError as error:
+        except Exception as error:
             if len(jobs) == 1:
                 jobs[0].found.set_exception(error)
                 return {}
