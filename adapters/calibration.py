@@ -8,7 +8,7 @@ from statistics import fmean
 
 from torch import Tensor
 
-MAX_TEMPERATURE = 1.25
+HIGHEST = 4.0  # temperature that is fitted
 
 
 def confidence(logprobs: Sequence[Tensor], temperature: float = 1.0) -> float:
@@ -33,22 +33,19 @@ def expected_accuracy(logprobs: Sequence[Tensor], votes: Sequence[Tensor]) -> fl
     return fmean(float(vote[row.argmax()]) for row, vote in zip(logprobs, votes, strict=True))
 
 
-def fit_temperature(ours: Sequence[Tensor], base: Sequence[Tensor], gain: float) -> float:
-    """The lowest temperature from 1 at which an adapter is no surer than the base, but for what it has gained.
+def fit_temperature(ours: Sequence[Tensor], allowed: float) -> float:
+    """The lowest temperature from 1 at which mean confidence is no more than allowed.
 
-    Learning from votes makes a model surer whether it gets better or not. A model that was honest about its errors
-    stays so while its mean confidence grows by no more than its accuracy does; votes on queries that were never
-    learned from stand in for the accuracy.
+    Learning from votes makes a model surer whether it gets better or not.
 
     Args:
-        ours, base: (M,) log-probabilities per query, over the same answers.
-        gain: accuracy gained, a fraction.
+        ours: (M,) log-probabilities per query.
+        allowed: mean confidence, 0..1.
 
     Returns:
-        1 to MAX_TEMPERATURE.
+        1 to HIGHEST.
     """
-    allowed = confidence(base) + max(0.0, gain)
-    low, high = 1.0, MAX_TEMPERATURE
+    low, high = 1.0, HIGHEST
     if confidence(ours, low) <= allowed:
         return low
     for _ in range(30):

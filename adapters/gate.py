@@ -29,6 +29,7 @@ KL_SAMPLES = 8
 MIN_WITNESSES = 12
 SHORT_LIST = 12  # answers of a witness that are compared
 FARTHEST = 8.0  # nats
+CALMEST = 1.25  # temperature at which a candidate must be as honest as the base
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ class Limits:
     a share of the base's. `min_unshown`: probability of labels that the recent stream has not shown, on images
     that show nothing, as a share of the base's. `min_witness`: nats by which a candidate comes nearer to the votes
     on queries that were never learned from, against base and against live; few witnesses are not heard.
-    `max_surer`: mean confidence on them that neither the votes nor the version's temperature account for.
+    `max_surer`: mean confidence on them, at temperature CALMEST, that the votes do not account for.
     """
 
     max_kl_base: float = 2.0
@@ -161,7 +162,7 @@ class Gate:
         ours, live = (self._answers(slot, witnesses, chosen) for slot in (self.candidate, self.live))
         votes = [witness.vote[each] for witness, each in zip(witnesses, chosen, strict=True)]
         gain = expected_accuracy(ours, votes) - expected_accuracy(base, votes)
-        temperature = fit_temperature(ours, base, gain)
+        sure = confidence(base)
         near, of_base, of_live = (_distances(targets, rows) for rows in (ours, base, live))
         nearer = of_base - near
         return {
@@ -169,8 +170,8 @@ class Gate:
             "witness_live": float((of_live - near).mean()),
             "witness_error": float(nearer.std()) / math.sqrt(len(witnesses)),
             "witnesses": float(len(witnesses)),
-            "temperature": temperature,
-            "surer": confidence(ours, temperature) - confidence(base) - max(0.0, gain),
+            "temperature": fit_temperature(ours, sure),
+            "surer": confidence(ours, CALMEST) - sure - max(0.0, gain),
         }
 
     def _answers(self, slot: str, witnesses: Sequence[Lesson], chosen: Sequence[list[int]]) -> list[Tensor]:

@@ -43,8 +43,8 @@ def corrupted(kind: str, final: bool = False) -> Data:
 
 def drifting() -> Data:
     """Domains that follow each other and return, in this order."""
-    first, second = (_sampled(_drawings(style, 2), 160, style) for style in VENDORS[:2])
-    halves = first[:80], second[:80], first[80:], second[80:]
+    first, second = (_sampled(_drawings(style, VIEWS), 320, style) for style in VENDORS[:2])
+    halves = first[:160], second[:160], first[160:], second[160:]
     return Data("drifting", tuple(item for half in halves for item in half), source_names(), ordered=True)
 
 

@@ -1,4 +1,4 @@
-"""A temperature lets an adapter be as sure as the base and what it gained allow, and no surer."""
+"""A temperature lets an adapter be as sure as the base, and no surer."""
 
 from __future__ import annotations
 
@@ -8,13 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from servetune.adapters.calibration import (
-    MAX_TEMPERATURE,
-    confidence,
-    expected_accuracy,
-    fit_temperature,
-    tempered,
-)
+from servetune.adapters.calibration import HIGHEST, confidence, expected_accuracy, fit_temperature, tempered
 
 
 def rows(scale: float, seed: int = 0, num: int = 40) -> list[Tensor]:
@@ -34,28 +28,27 @@ def test_votes_say_how_often_the_likeliest_answers_are_right() -> None:
 
 
 def test_a_modest_adapter_is_left_alone() -> None:
-    assert fit_temperature(rows(1.0), rows(2.0), 0.0) == 1.0
+    assert fit_temperature(rows(1.0), confidence(rows(2.0))) == 1.0
 
 
-@given(seed=st.integers(0, 1000), gain=st.floats(-0.2, 0.2))
-def test_a_surer_adapter_is_cooled_to_what_is_allowed(seed: int, gain: float) -> None:
-    ours, base = rows(2.0, seed), rows(1.8, seed + 1)
-    temperature = fit_temperature(ours, base, gain)
-    allowed = confidence(base) + max(0.0, gain)
+@given(seed=st.integers(0, 1000), allowed=st.floats(0.3, 0.9))
+def test_a_surer_adapter_is_cooled_to_what_is_allowed(seed: int, allowed: float) -> None:
+    ours = rows(2.0, seed)
+    temperature = fit_temperature(ours, allowed)
     if temperature == 1.0:
         assert confidence(ours) <= allowed
-    elif temperature == MAX_TEMPERATURE:
-        assert confidence(ours, MAX_TEMPERATURE) >= allowed - 1e-4
+    elif temperature == HIGHEST:
+        assert confidence(ours, HIGHEST) >= allowed - 1e-4
     else:
         assert confidence(ours, temperature) == pytest.approx(allowed, abs=1e-4)
 
 
 def test_what_no_temperature_can_mend_stops_at_the_highest() -> None:
     certain = [torch.tensor([1.0, 0, 0, 0, 0, 0]).mul(60).log_softmax(-1)] * 20
-    assert fit_temperature(certain, rows(0.1), 0.0) == MAX_TEMPERATURE
+    assert fit_temperature(certain, confidence(rows(0.1))) == HIGHEST
 
 
-@given(st.floats(0, 1), st.floats(0, 1), st.floats(1, MAX_TEMPERATURE))
+@given(st.floats(0, 1), st.floats(0, 1), st.floats(1, HIGHEST))
 def test_a_tempered_answer_is_never_surer_and_keeps_its_rank(one: float, other: float, temperature: float) -> None:
     assert tempered(one, 1.0) == pytest.approx(one)
     assert 0 <= tempered(one, temperature) <= one
