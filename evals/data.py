@@ -15,8 +15,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from servetune.adapters.types import Query
-from servetune.server.errors import ServiceError
-from servetune.server.images import Limits, decode
+from servetune.server.decoding import Limits, Refused, decode
 
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp"})
 
@@ -189,7 +188,7 @@ def opener(file: Path) -> Callable[[], Image.Image]:
     def picture() -> Image.Image:
         try:
             return decode(file.read_bytes(), Limits())
-        except (OSError, ServiceError) as error:
+        except (OSError, Refused) as error:
             raise BadData(f"{file} is not an image that can be read: {error}") from error
 
     return picture

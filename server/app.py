@@ -71,6 +71,7 @@ def create_app(
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
+    services.answers.start()
     await services.engine.start()
     yield
     await services.answers.drain()

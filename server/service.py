@@ -88,8 +88,12 @@ class AnswerService:
             return self._wire(request, outcome, skipped("unparsed"))
         return self._wire(request, outcome, await keeping.settle(self._settings.buffer_wait_s))
 
+    def start(self) -> None:
+        """Be ready for the first request."""
+        self._images.start()
+
     async def drain(self) -> None:
-        """Let running buffer writes end, for a few seconds, and free the decoding threads."""
+        """Let running buffer writes end, for a few seconds, and end the decoders."""
         await self._keeper.drain()
         self._images.close()
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
+import os
+import re
+import signal
 import struct
 import zlib
 from collections.abc import AsyncIterator
@@ -17,9 +21,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from servetune.clients.types import ImageData, ImageUrl
+from servetune.server.decoders import Decoders
+from servetune.server.decoding import Limits, Refused, decode, from_base64
 from servetune.server.errors import ServiceError
 from servetune.server.fetch import ImageFetcher, is_public
-from servetune.server.images import ImageReader, Limits, decode, from_base64
+from servetune.server.images import ImageReader
 from servetune.server.settings import Settings
 from tests.fakes import World, encoded, png
 
@@ -39,9 +45,9 @@ def pixels(image: Image.Image) -> list[tuple[int, ...]]:
 
 
 def refusal(data: bytes, limits: Limits = LIMITS) -> str:
-    with pytest.raises(ServiceError) as caught:
+    with pytest.raises(Refused) as caught:
         decode(data, limits)
-    return caught.value.code
+    return caught.value.reason
 
 
 # --- golden pixels -----------------------------------------------------------------------------------
@@ -160,11 +166,11 @@ def png_header(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(20_000, 20_000), (60_000, 60_000), (12_001, 1), (8000, 8000)])
 def test_a_bomb_is_refused_by_its_header(size: tuple[int, int]) -> None:
-    assert refusal(png_header(*size)) == "image_too_large"
+    assert refusal(png_header(*size)) == "too_large"
 
 
 def test_the_largest_photo_is_accepted_by_its_header() -> None:
-    assert refusal(png_header(8000, 6000)) == "invalid_image"  # the size was fine, the pixels are missing
+    assert refusal(png_header(8000, 6000)) == "damaged"  # the size was fine, the pixels are missing
 
 
 FOREIGN = ["GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "JPEG2000", "DDS", "EPS", "MSP", "XBM", "PDF"]
@@ -173,12 +179,12 @@ FOREIGN = ["GIF", "BMP", "TIFF", "PPM", "TGA", "ICO", "PCX", "SGI", "JPEG2000", 
 @pytest.mark.parametrize("format", FOREIGN)
 def test_other_formats_are_refused(format: str) -> None:
     mode = "1" if format in {"MSP", "XBM"} else "RGB"
-    assert refusal(encoded(Image.new(mode, (32, 32)), format)) == "unsupported_image"
+    assert refusal(encoded(Image.new(mode, (32, 32)), format)) == "unsupported"
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"<svg/>", b"%!PS", b"RIFF0000WAVE", b"PK\x03\x04"])
 def test_what_is_no_image_is_refused(data: bytes) -> None:
-    assert refusal(data) == "unsupported_image"
+    assert refusal(data) == "unsupported"
 
 
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP"])
@@ -186,21 +192,96 @@ def test_a_truncated_file_is_refused(format: str) -> None:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8))
     file = encoded(noise, format)
     for share in (0.1, 0.5, 0.9):
-        assert refusal(file[: int(len(file) * share)]) == "invalid_image"
+        assert refusal(file[: int(len(file) * share)]) == "damaged"
 
 
 @given(st.binary(max_size=200), st.sampled_from([b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP"]))
-def test_rubbish_behind_a_good_start_is_refused_in_fixed_words(rubbish: bytes, magic: bytes) -> None:
-    with pytest.raises(ServiceError) as caught:
-        decode(magic + rubbish, LIMITS)
-    assert caught.value.code in {"invalid_image", "image_too_large"}
-    assert "0x" not in caught.value.detail
+def test_rubbish_behind_a_good_start_is_refused(rubbish: bytes, magic: bytes) -> None:
+    assert refusal(magic + rubbish) in {"damaged", "too_large"}
 
 
-@pytest.mark.parametrize("text", ["a", "not base64!", "aGk=\n", "data:image/png,xx", "data:;base64", "é", "ab=c"])
-def test_base64_is_strict(text: str) -> None:
-    with pytest.raises(ServiceError, match="invalid_image"):
+@pytest.mark.parametrize(
+    "text", [b"a", b"not base64!", b"aGk=\n", b"data:image/png,xx", b"data:;base64", b"\xe9", b"ab=c"]
+)
+def test_base64_is_strict(text: bytes) -> None:
+    with pytest.raises(Refused):
         from_base64(text)
+
+
+@pytest.mark.parametrize(
+    ("image", "code"),
+    [
+        (b"GIF89a", "unsupported_image"),
+        (png_header(20_000, 20_000), "image_too_large"),
+        (png_header(0, 7), "invalid_image"),
+        (png()[:40], "invalid_image"),
+        (ImageData(data="é"), "invalid_image"),
+        (ImageUrl(url="data:image/png,xx"), "invalid_image"),
+    ],
+    ids=["format", "bomb", "empty", "cut", "base64", "data URI"],
+)
+async def test_a_refusal_says_in_fixed_words_what_to_do(
+    image: bytes | ImageData | ImageUrl, code: str, tmp_path: Path
+) -> None:
+    reader = ImageReader(Settings(home=tmp_path))
+    with pytest.raises(ServiceError) as caught:
+        await reader.read([image])
+    assert caught.value.code == code
+    assert "0x" not in caught.value.detail
+    assert caught.value.detail.endswith(".")
+
+
+# --- decoders ----------------------------------------------------------------------------------------
+
+
+def pid(decoders: Decoders) -> int:
+    """Of the child that is asked first."""
+    return decoders._free.queue[-1].pid
+
+
+async def test_a_dead_decoder_is_replaced() -> None:
+    decoders = Decoders(LIMITS, 10**6)
+    assert pixels(await decoders.decode(png(picture()))) == COLOURS
+    first = pid(decoders)
+    os.kill(first, signal.SIGKILL)
+    with pytest.raises(Refused, match="damaged"):
+        await decoders.decode(png(picture()))
+    assert pixels(await decoders.decode(base64.b64encode(png(picture())).decode())) == COLOURS
+    assert pid(decoders) != first
+
+
+async def test_an_image_that_takes_too_long_is_given_up() -> None:
+    decoders = Decoders(LIMITS, 10**6, timeout_s=0.5)
+    await decoders.decode(png())
+    os.kill(pid(decoders), signal.SIGSTOP)
+    with pytest.raises(Refused, match="damaged"):
+        await decoders.decode(png())
+    decoders = Decoders(LIMITS, 10**6)
+    assert pixels(await decoders.decode(png(picture()))) == COLOURS
+
+
+async def test_a_decoder_has_no_keys_and_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVETUNE_ADMIN_KEY", "hidden")
+    decoders = Decoders(LIMITS, 10**6)
+    await decoders.decode(png())
+    child = Path(f"/proc/{pid(decoders)}")
+    assert (child / "environ").read_bytes() == b""
+    limits = dict(re.findall(r"^(Max [a-z ]+?)  +(\S+)", (child / "limits").read_text(), re.MULTILINE))
+    assert int(limits["Max address space"]) < 2**31
+    assert limits["Max core file size"] == limits["Max file size"] == "0"
+
+
+async def test_the_largest_image_fits_into_a_decoder() -> None:
+    file = encoded(Image.new("RGBA", (7000, 7000), (255, 0, 0, 128)), "PNG", compress_level=1)
+    image = await Decoders(LIMITS, 10**7).decode(file)
+    assert (image.size, image.getpixel((5, 5))) == ((2048, 2048), (255, 127, 127))
+
+
+async def test_many_at_once_are_all_decoded() -> None:
+    decoders = Decoders(LIMITS, 10**6)
+    sizes = [(n, 1 + n % 7) for n in range(1, 41)]
+    images = await asyncio.gather(*(decoders.decode(png(Image.new("RGB", size))) for size in sizes))
+    assert [image.size for image in images] == sizes
 
 
 async def test_an_error_names_the_image(tmp_path: Path) -> None:
