@@ -84,31 +84,57 @@ class Prefix:
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the cached keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        """Memory of what it holds."""
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def detached(self) -> tuple[Prefix, list[Tensor], list[Tensor]]:
         """A copy whose tensors gather gradient of their own, those tensors, and the ones they stand for.
 
         Many passes can then go back as far as the prompt one by one, and the prompt once for all of them.
         """
-        ours = [tensor for layer in self.cache.layers for tensor in (layer.keys, layer.values)] + [self.logits]
+        ours = self.tensors()
         leaves = [tensor.detach().requires_grad_() for tensor in ours]
-        copied = Prefix(self.fork(), leaves[-1], self.lengths, self.positions)
-        for number, layer in enumerate(copied.cache.layers):
-            layer.keys, layer.values = leaves[2 * number], leaves[2 * number + 1]
-        return copied, leaves, ours
+        return self._holding(leaves), leaves, ours
+
+    def cloned(self) -> Prefix:
+        """The same with tensors of its own."""
+        return self._holding([tensor.clone() for tensor in self.tensors()])
+
+    def _holding(self, tensors: Sequence[Tensor]) -> Prefix:
+        """The same prompts with other tensors, in the order of `tensors`."""
+        cache = self.fork()
+        for number, layer in enumerate(cache.layers):
+            layer.keys, layer.values = tensors[2 * number + 1], tensors[2 * number + 2]
+        return Prefix(cache, tensors[0], self.lengths, self.positions)
 
     def seen(self) -> Tensor:
         """(B, width) True on the tokens of each prompt."""
         return torch.arange(self.width) < torch.tensor(self.lengths)[:, None]
 
     def alone(self, row: int) -> Prefix:
-        """One of the prompts."""
+        """One of the prompts; it shares the tensors of all."""
         cache, length = self.fork(), self.lengths[row]
         for layer in cache.layers:
             layer.keys, layer.values = (each[row : row + 1, :, :length] for each in (layer.keys, layer.values))
         return Prefix(cache, self.logits[row : row + 1], (length,), (self.positions[row],))
+
+    def tensors(self) -> list[Tensor]:
+        """All that it holds."""
+        return [self.logits, *(each for layer in self.cache.layers for each in (layer.keys, layer.values))]
+
+    @staticmethod
+    def joined(prefixes: Sequence[Prefix]) -> Prefix:
+        """Prefixes of single prompts as rows of one."""
+        if len(prefixes) == 1:
+            return prefixes[0]
+        cache, width = prefixes[0].fork(), max(prefix.width for prefix in prefixes)
+        for number, layer in enumerate(cache.layers):
+            rows = [prefix.cache.layers[number] for prefix in prefixes]
+            layer.keys = torch.cat([_padded(row.keys, width) for row in rows])
+            layer.values = torch.cat([_padded(row.values, width) for row in rows])
+        logits = torch.cat([prefix.logits for prefix in prefixes])
+        lengths = tuple(prefix.lengths[0] for prefix in prefixes)
+        return Prefix(cache, logits, lengths, tuple(prefix.positions[0] for prefix in prefixes))
 
     def fork(self) -> DynamicCache:
         """A cache that shares the prompts' tensors; extending it leaves this prefix untouched."""
@@ -418,6 +444,11 @@ class Family:
         for token in self._special:
             text = text.replace(token, f"{token[0]} {token[1:]}")
         return text
+
+
+def _padded(tensor: Tensor, width: int) -> Tensor:
+    """(1, H, T, D) keys or values of a prompt, with columns of zeros up to a width."""
+    return nn.functional.pad(tensor, (0, 0, 0, width - tensor.shape[2]))
 
 
 def image_tokens(features: dict[str, Any]) -> Tensor:

@@ -1,4 +1,7 @@
-"""What was made of an image, kept by its content: the same picture is processed and encoded once."""
+"""What was made of an image, kept by its content: the same picture is processed and encoded once.
+
+So is a prompt with the keys and values that a version made of it, which the same question finds again.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ class ByteCache:
         return self._values[key][0]
 
     def put(self, key: Hashable, value: Any) -> None:
-        """Keep tensors in mappings or sequences; what was not used for the longest time leaves."""
+        """Keep what `tensors` finds tensors in; what was not used for the longest time leaves."""
         size = sum(tensor.nbytes for tensor in tensors(value))
         if size > self.max_bytes:
             return
@@ -47,9 +50,11 @@ class ByteCache:
 
 
 def tensors(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested mappings and sequences."""
+    """The tensors in nested mappings and sequences, and in what has `tensors` of its own."""
     if isinstance(value, Tensor):
         yield value
+    elif hasattr(value, "tensors"):
+        yield from value.tensors()
     elif isinstance(value, Mapping):
         for each in value.values():
             yield from tensors(each)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -44,10 +44,14 @@ class LoraSpec:
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What the policy sees of a query: the rendered prompt and its vision features."""
+    """What the policy sees of a query: the rendered prompt and its vision features.
+
+    `content` tells images and question from others; the same content is seen alike.
+    """
 
     prompt: Prompt
     features: dict[str, Any]
+    content: Hashable
 
 
 class Policy:
@@ -183,26 +187,28 @@ class Policy:
 
         Where the adapter leaves the vision tower alone, an observation has the projected features and no pixels.
         """
+        pictures = [digest(query.images) for query in queries]
+        contents = [(picture, query.question) for picture, query in zip(pictures, queries, strict=True)]
         if self.spec.part != "language":
             whole = [self.family.prompt(query.images, query.question) for query in queries]
-            return list(map(Observation, whole, self.family.see_each(whole)))
-        pictures = [digest(query.images) for query in queries]
+            return list(map(Observation, whole, self.family.see_each(whole), contents))
         features: dict[bytes, Any] = {picture: self._seen.get(picture) for picture in pictures}
         prompts: list[Prompt] = []
         new: dict[bytes, Prompt] = {}
-        for query, picture in zip(queries, pictures, strict=True):
-            inputs = self._seen.get((picture, query.question)) if features[picture] else None
+        for query, content in zip(queries, contents, strict=True):
+            picture = content[0]
+            inputs = self._seen.get(content) if features[picture] else None
             if inputs is None:
                 prompt = self.family.prompt(query.images, query.question)
                 if features[picture] is None:
                     new.setdefault(picture, prompt)
                 inputs = self.family.without_pixels(prompt).inputs
-                self._seen.put((picture, query.question), inputs)
+                self._seen.put(content, inputs)
             prompts.append(Prompt(inputs))
         features |= zip(new, self.family.see_each(list(new.values())), strict=True)
         for picture in new:
             self._seen.put(picture, features[picture])
-        return [Observation(prompt, features[picture]) for prompt, picture in zip(prompts, pictures, strict=True)]
+        return list(map(Observation, prompts, map(features.__getitem__, pictures), contents))
 
     def warm(self) -> None:
         """Find out now, and not with the first queries, what the family can do for several of them together."""
@@ -220,13 +226,19 @@ class Policy:
             features = self.family.see(observation.prompt)
         return self.family.prefill(observation.prompt, features)
 
-    def begin_each(self, observations: Sequence[Observation]) -> tree.Prefixes:
-        """Forward several prompts, packed where possible; the adapter must not change while they are used."""
-        features = [one.features for one in observations]
-        if self.spec.part != "language":
-            features = [self.family.see(one.prompt) for one in observations]
-        prompts = [one.prompt for one in observations]
-        return tree.Prefixes(self.family, list(zip(prompts, features, strict=True)))
+    def begin_each(
+        self, observations: Sequence[Observation], version: str = "", cache: ByteCache | None = None
+    ) -> tree.Prefixes:
+        """Forward several prompts, packed where possible; the adapter must not change while they are used.
+
+        Args:
+            version: of the active adapter, by which a prompt is told from the same one after another adapter.
+            cache: where a prompt that was asked before is found.
+        """
+        stale = self.spec.part != "language"  # features of before do not know this adapter
+        prompts = [(one.prompt, None if stale else one.features) for one in observations]
+        keys = [(version, one.content) for one in observations]
+        return tree.Prefixes(self.family, prompts, keys, cache)
 
     def score_each(self, observations: Sequence[Observation], sequences: Sequence[Tokens]) -> list[Tensor]:
         """Per observation the (N,) log-probabilities of whole answers, differentiable, packed where possible."""

@@ -13,7 +13,7 @@ import math
 import statistics
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from servetune.adapters.attention import Blocks
 from servetune.adapters.family import Family, Prefix, Prompt
+from servetune.adapters.features import ByteCache
 
 MAX_NODES = 2048
 """Tokens fed in one pass; more are fed in several, so that the mask and the logits stay bounded."""
@@ -76,12 +77,21 @@ class Prefixes:
     What does not fit into KEPT_BYTES is fed again for every use, so the adapter must stay the same.
 
     Args:
-        prompts: B prompts with their vision features.
+        prompts: B prompts with their vision features; None where the active adapter is to see them.
+        keys: under which a prompt is found in `cache` and left there; prompts with the same key are fed once.
     """
 
-    def __init__(self, family: Family, prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> None:
+    def __init__(
+        self,
+        family: Family,
+        prompts: Sequence[tuple[Prompt, dict[str, Any] | None]],
+        keys: Sequence[Hashable] | None = None,
+        cache: ByteCache | None = None,
+    ) -> None:
         self.family = family
         self._prompts = prompts
+        self._keys = keys or range(len(prompts))
+        self._cache = cache
         together = packs(family) if len(prompts) > 1 else False
         lengths = [prompt.length for prompt, _ in prompts]
         self._packs = list(_packs(lengths)) if together else [[row] for row in range(len(prompts))]
@@ -98,11 +108,31 @@ class Prefixes:
     def _fed(self, number: int) -> Prefix:
         if number in self._kept:
             return self._kept[number]
-        prompts = [self._prompts[row] for row in self._packs[number]]
-        prefix = self.family.prefill_each(prompts) if len(prompts) > 1 else self.family.prefill(*prompts[0])
+        prefix = self._found(self._packs[number]) if self._cache else self._feed(self._packs[number])
         if prefix.num_bytes + sum(kept.num_bytes for kept in self._kept.values()) <= KEPT_BYTES:
             self._kept[number] = prefix
         return prefix
+
+    def _feed(self, rows: list[int]) -> Prefix:
+        prompts = [
+            (p, self.family.see(p) if seen is None else seen) for p, seen in map(self._prompts.__getitem__, rows)
+        ]
+        return self.family.prefill_each(prompts) if len(prompts) > 1 else self.family.prefill(*prompts[0])
+
+    def _found(self, rows: list[int]) -> Prefix:
+        """What is in the cache, and the rest fed and left there."""
+        assert self._cache is not None
+        keys = [self._keys[row] for row in rows]
+        known: dict[Hashable, Prefix] = {key: kept for key in keys if (kept := self._cache.get(key))}
+        new = {key: row for key, row in zip(keys, rows, strict=True) if key not in known}
+        if new:
+            fed = self._feed(list(new.values()))
+            known |= {key: fed.alone(place) for place, key in enumerate(new)}
+            for key in new:
+                self._cache.put(key, known[key].cloned() if len(new) > 1 else known[key])
+            if len(new) == len(rows):
+                return fed
+        return Prefix.joined([known[key] for key in keys])
 
 
 def score(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from servetune.adapters import tree
 from servetune.adapters.answers import canonical
 from servetune.adapters.calibration import tempered
 from servetune.adapters.family import Prefix
+from servetune.adapters.features import ByteCache
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
@@ -47,23 +48,37 @@ class Found:
     inference_s: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Resident:
+    """A version whose weights are loaded: where they are (None: the base), what they are, and its temperature."""
+
+    version: int
+    slot: str | None
+    digest: str
+    temperature: float = 1.0
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A query, the slot and temperature of the version that answers it, and who waits for the answer."""
+    """A query, the version that answers it, and who waits for the answer."""
 
     query: Query
     sampling: Sampling
-    slot: str | None
-    temperature: float
+    version: Resident
     stop: threading.Event
     found: Future[Found]
 
 
 class Answering:
-    """The queries that wait for a policy. `add` may be called from any thread, `turn` from the policy's alone."""
+    """The queries that wait for a policy. `add` may be called from any thread, `turn` from the policy's alone.
 
-    def __init__(self, policy: Policy) -> None:
+    Args:
+        cache_bytes: of keys and values of prompts, kept for the same question to the same version.
+    """
+
+    def __init__(self, policy: Policy, cache_bytes: int = 0) -> None:
         self._policy = policy
+        self._prompts = ByteCache(cache_bytes)
         self._pending: deque[Job] = deque()
         self._nested = False
 
@@ -83,7 +98,7 @@ class Answering:
             return
         began = time.perf_counter()
         try:
-            self._policy.use(jobs[0].slot)
+            self._policy.use(jobs[0].version.slot)
             self._answer(jobs, began)
         except Exception as error:
             for job in jobs:
@@ -95,7 +110,7 @@ class Answering:
         others: list[Job] = []
         while self._pending and len(jobs) < MOST_TOGETHER:
             job = self._pending.popleft()
-            if jobs and job.slot != jobs[0].slot:
+            if jobs and job.version.slot != jobs[0].version.slot:
                 others.append(job)
             elif job.found.set_running_or_notify_cancel():
                 if job.stop.is_set():
@@ -127,17 +142,20 @@ class Answering:
                 return {}
         return {job: one for each in jobs for job, one in self._observe([each]).items()}
 
+    def _begin(self, jobs: Sequence[Job], seen: Sequence[Observation]) -> tree.Prefixes:
+        return self._policy.begin_each(seen, jobs[0].version.digest, self._prompts)
+
     # --- labels --------------------------------------------------------------------------------------
 
     def _choose(self, jobs: list[Job], seen: Sequence[Observation], began: float) -> None:
         family = self._policy.family
-        for rows, prefix in self._policy.begin_each(seen):
+        for rows, prefix in self._begin(jobs, seen):
             labels = [jobs[row].query.labels for row in rows]
             tokens = [[family.tokens(label) for label in own] for own in labels]
             scored = tree.search_each(family, prefix, tokens)
             for place, (row, logprobs) in enumerate(zip(rows, scored, strict=True)):
                 job = jobs[row]
-                shares = (logprobs / job.temperature).softmax(-1)
+                shares = (logprobs / job.version.temperature).softmax(-1)
                 best = shares.topk(min(job.sampling.top_k, len(shares)))
                 ranked = [
                     (job.query.labels[index], share)
@@ -170,14 +188,14 @@ class Answering:
 
         watch = _Watch(self, jobs, hand_out)
         limits = [job.sampling.max_tokens for job in jobs]
-        tree.sample_each(self._policy.begin_each(seen), 1, limits, temperature=0.0, watch=watch)
+        tree.sample_each(self._begin(jobs, seen), 1, limits, temperature=0.0, watch=watch)
         for job in jobs:
             if not job.found.done():
                 job.found.set_exception(Stopped())
 
     def _answer_alone(self, job: Job, seen: Observation, began: float) -> None:
         try:
-            prefix = self._policy.begin(seen)
+            [(_, prefix)] = self._begin([job], [seen])
             found = self._vote(prefix, job) if job.sampling.n > 1 else self._say(prefix, job)
             job.found.set_result(_timed(found, began))
         except Exception as error:
@@ -195,9 +213,11 @@ class Answering:
 
     def _spoken(self, chosen: Sample, others: Sequence[Sample], job: Job, input_tokens: int) -> Found:
         family = self._policy.family
-        scores = {family.text(chosen.tokens): tempered(math.exp(chosen.logprob), job.temperature)}
+        scores = {family.text(chosen.tokens): tempered(math.exp(chosen.logprob), job.version.temperature)}
         for other in others:
-            scores.setdefault(family.text(other.tokens), tempered(math.exp(other.logprob), job.temperature))
+            scores.setdefault(
+                family.text(other.tokens), tempered(math.exp(other.logprob), job.version.temperature)
+            )
         text = family.text(chosen.tokens)
         ranked = sorted(((t, p) for t, p in scores.items() if t), key=lambda pair: -pair[1])
         return Found(
@@ -273,7 +293,7 @@ class _Watch(tree.Watch):
 
     def stepped(self, depth: int) -> None:
         if (depth + 1) % LET_OTHERS_IN == 0:
-            self._answering.let_in(self._jobs[0].slot)
+            self._answering.let_in(self._jobs[0].version.slot)
 
 
 def _is_greedy(sampling: Sampling) -> bool:

@@ -11,9 +11,9 @@ import asyncio
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -26,7 +26,7 @@ from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.server.answering import Answering, Found, Job, entropy
+from servetune.server.answering import Answering, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
 
 T = TypeVar("T")
@@ -77,13 +77,12 @@ class Engine:
         self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
-        self._digests = {BASE: store.manifest(BASE).digest}
-        self._temperatures = {BASE: 1.0}  # of each version's confidence
         self._policy = policy
         self._settings = settings
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
-        self._answering = Answering(policy)
-        self._slots: dict[int, str] = {}  # resident version -> slot, least recently used first
+        self._answering = Answering(policy, settings.prompt_cache_bytes)
+        self._base = Resident(BASE, None, store.manifest(BASE).digest)
+        self._resident: dict[int, Resident] = {}  # besides the base, least recently used first
         self._leases: Counter[int] = Counter()
         self._running: set[threading.Event] = set()  # set one, and its generation ends
         self._waiting = 0
@@ -118,7 +117,7 @@ class Engine:
 
     def residency(self) -> tuple[list[int], dict[int, int]]:
         """Versions whose weights are loaded (the base always is), and how many requests hold each."""
-        return sorted({BASE, *self._slots}), {v: n for v, n in self._leases.items() if n}
+        return sorted({BASE, *self._resident}), {v: n for v, n in self._leases.items() if n}
 
     # --- answers -------------------------------------------------------------------------------------
 
@@ -139,15 +138,15 @@ class Engine:
         asked = time.perf_counter()
         version = self.serving if choice == "live" else await asyncio.to_thread(self.store.resolve, choice)
         looks: Looks | None = None
-        with self._hold(version):
+        async with self._hold(version) as resident:
             whole = (
                 sampling if deadline is None else replace(sampling, top_k=max(sampling.top_k, len(query.labels)))
             )
-            found = await self._on_thread(version, partial(self._ask, query, whole))
+            found = await self._on_thread(resident, partial(self._ask, query, whole, resident))
             inference_s = found.inference_s
             if deadline is not None:
-                looks = Looks(query, sampling, dict(found.candidates), self._temperatures[version])
-                inference_s += await self._look_again(version, looks, deadline, inference_s)
+                looks = Looks(query, sampling, dict(found.candidates), resident.temperature)
+                inference_s += await self._look_again(resident, looks, deadline, inference_s)
                 found = _pooled(found, looks, sampling)
         return Outcome(
             text=found.text,
@@ -160,23 +159,25 @@ class Engine:
             entropy=found.entropy,
             input_tokens=found.input_tokens,
             output_tokens=found.output_tokens,
-            version=version,
+            version=resident.version,
             alias=None if choice == version_name(version) else choice,
-            digest=self._digests[version],
+            digest=resident.digest,
             queue_s=time.perf_counter() - asked - inference_s,
             inference_s=inference_s,
             views=max(1, len(looks.found)) if looks else 1,
             rollouts=sum(look.num_rollouts for look in looks.found) if looks else 0,
         )
 
-    async def _look_again(self, version: int, looks: Looks, deadline: float, expected_s: float) -> float:
+    async def _look_again(self, resident: Resident, looks: Looks, deadline: float, expected_s: float) -> float:
         """Look while one more look, if it takes what the longest did, ends in time. Returns seconds computed."""
         clock = asyncio.get_running_loop().time
         computed_s = 0.0
         while not looks.done and (began := clock()) + expected_s <= deadline:
             try:
                 async with asyncio.timeout_at(deadline):
-                    look, look_s = await self._on_thread(version, partial(self._look_on_thread, looks))
+                    look, look_s = await self._on_thread(
+                        resident, partial(self._look_on_thread, looks, resident.slot)
+                    )
             except (QueueFull, TimeoutError):  # others need the model more, or have kept it for too long
                 break
             except Exception as error:  # there is an answer already
@@ -187,38 +188,26 @@ class Engine:
             expected_s = max(expected_s, clock() - began)
         return computed_s
 
-    @contextmanager
-    def _hold(self, version: int) -> Iterator[None]:
-        """Lease a version, also while nothing runs on it."""
+    @asynccontextmanager
+    async def _hold(self, version: int) -> AsyncIterator[Resident]:
+        """Lease a version, also while nothing runs on it: its slot is not given to another."""
         self._leases[version] += 1
         try:
-            yield
+            yield await self._make_resident(version)
         finally:
             self._leases[version] -= 1
 
-    async def _on_thread(
-        self, version: int, submit: Callable[[str | None, float, threading.Event], Future[T]]
-    ) -> T:
-        """What is submitted with the slot and the temperature of a version, at the end of the queue.
-
-        Raises QueueFull, CorruptVersion.
-        """
+    async def _on_thread(self, resident: Resident, submit: Callable[[threading.Event], Future[T]]) -> T:
+        """What is submitted to the thread for a version, at the end of the queue. Raises QueueFull."""
         if self._waiting >= self._settings.queue_size:
             raise QueueFull
         stop = threading.Event()
-        self._leases[version] += 1
+        job = submit(stop)
+        self._leases[resident.version] += 1
         self._waiting += 1
-        try:
-            await self._make_resident(version)
-            # The slot is named here: its lease keeps it, and the thread reads nothing that may be changing.
-            slot, temperature = self._slots.get(version), self._temperatures[version]
-            job = submit(slot, temperature, stop)
-        except BaseException:
-            self._release(version)
-            raise
         # The lease ends when the thread is done with it, not when an impatient caller is.
         loop = asyncio.get_running_loop()
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, version))
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, resident.version))
         self._running.add(stop)
         try:
             return await asyncio.wrap_future(job)
@@ -230,18 +219,14 @@ class Engine:
         self._waiting -= 1
         self._leases[version] -= 1
 
-    def _ask(
-        self, query: Query, sampling: Sampling, slot: str | None, temperature: float, stop: threading.Event
-    ) -> Future[Found]:
+    def _ask(self, query: Query, sampling: Sampling, version: Resident, stop: threading.Event) -> Future[Found]:
         """Let a query wait; every query comes with a turn, and a turn answers all that it can together."""
-        job = Job(query, sampling, slot, temperature, stop, Future())
+        job = Job(query, sampling, version, stop, Future())
         self._answering.add(job)
         self._thread.submit(self._answering.turn)
         return job.found
 
-    def _look_on_thread(
-        self, looks: Looks, slot: str | None, temperature: float, stop: threading.Event
-    ) -> Future[tuple[Look, float]]:
+    def _look_on_thread(self, looks: Looks, slot: str | None, stop: threading.Event) -> Future[tuple[Look, float]]:
         return self._thread.submit(self._look, slot, stop, looks)
 
     def _look(self, slot: str | None, stop: threading.Event, looks: Looks) -> tuple[Look, float]:
@@ -280,29 +265,30 @@ class Engine:
             except Exception as error:  # nothing that happens to a new version may end the serving of the old
                 log.error("refresh_failed", error=type(error).__name__)
 
-    async def _make_resident(self, version: int) -> None:
+    async def _make_resident(self, version: int) -> Resident:
+        """A version with its weights loaded and verified. Raises QueueFull, CorruptVersion."""
+        if version == BASE:
+            return self._base
         async with self._loading:
-            if version == BASE:
-                return
-            if version in self._slots:
-                self._slots[version] = self._slots.pop(version)  # most recently used
-                return
+            if version in self._resident:
+                self._resident[version] = self._resident.pop(version)  # most recently used
+                return self._resident[version]
             slot = self._free_slot()
             manifest = await asyncio.to_thread(self.store.manifest, version)
             weights = await asyncio.to_thread(self.store.weights, version)
             await self._run(lambda: self._load(slot, weights, manifest.probe, version))
-            self._slots[version] = slot
-            self._digests[version] = manifest.digest
-            self._temperatures[version] = manifest.temperature
+            made = self._resident[version] = Resident(version, slot, manifest.digest, manifest.temperature)
+            return made
 
     def _free_slot(self) -> str:
-        used = set(self._slots.values())
+        used = {resident.slot for resident in self._resident.values()}
         for slot in SLOTS:
             if slot not in used:
                 return slot
-        for version in self._slots:
-            if version != self.serving and not self._leases[version]:
-                return self._slots.pop(version)
+        for version, resident in self._resident.items():
+            if version != self.serving and not self._leases[version] and resident.slot:
+                del self._resident[version]
+                return resident.slot
         raise QueueFull
 
     def _load(self, slot: str, weights: Mapping[str, Tensor], probe: tuple[float, ...], version: int) -> None:

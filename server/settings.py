@@ -63,6 +63,10 @@ class Settings(BaseSettings):
         256 * 2**20, ge=0, description="vision features kept in memory by image content; server and worker each"
     )
 
+    prompt_cache_bytes: int = Field(
+        256 * 2**20, ge=0, description="prompts kept by the server as keys and values, by content and version"
+    )
+
     # buffer
     redis_url: str | None = Field(None, description="default: the embedded Valkey under the home")
     buffer_key: SecretStr | None = Field(None, description="base64 key of stored images; default: home/buffer.key")

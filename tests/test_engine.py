@@ -85,6 +85,34 @@ async def test_recognition_gives_probabilities_over_the_labels(engine: Engine) -
     assert len(best.candidates) == 1
 
 
+async def test_the_same_question_is_not_fed_again_and_a_swap_serves_nothing_stale(
+    engine: Engine, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fed = 0
+    prefill = policy.family.prefill
+
+    def count(*args: Any) -> Any:
+        nonlocal fed
+        fed += 1
+        return prefill(*args)
+
+    monkeypatch.setattr(policy.family, "prefill", count)
+    asked = [query(3, labels=LABELS), query(3)]
+    before = [await engine.answer(one, Sampling(max_tokens=4), "live") for one in asked * 2]
+    assert fed == 1
+    assert [one.candidates for one in before[:2]] == [one.candidates for one in before[2:]]
+    store.promote(publish(policy, store, 7))
+    await engine.refresh()
+    fed = 0
+    after = await engine.answer(asked[0], Sampling(max_tokens=4), "live")
+    assert fed == 1
+    fresh = Engine(policy, store, engine._settings.model_copy(update={"prompt_cache_bytes": 0}))
+    await fresh.start()
+    assert (await fresh.answer(asked[0], Sampling(max_tokens=4), "live")).candidates == after.candidates
+    assert after.candidates != before[0].candidates
+    await fresh.stop()
+
+
 async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from servetune.adapters import tree
 from servetune.adapters.family import Family
 from servetune.adapters.features import ByteCache, digest
 from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.types import Query
 from tests.conftest import noise, query
 
 
@@ -79,3 +82,40 @@ def test_a_digest_tells_pictures_apart() -> None:
     assert len({digest(each) for each in ([one], [other], [one, other], [other, one], [])}) == 5
     turned = one.resize((one.width * 2, one.height // 2))
     assert digest([turned]) != digest([one])
+
+
+# --- prompts -----------------------------------------------------------------------------------------
+
+
+ANSWERS = [(5, 9), (7,), (5, 3, 2)]
+
+
+def answered(made: Policy, queries: list[Query], version: str, cache: ByteCache | None) -> list[Tensor]:
+    with torch.no_grad():
+        prefixes = made.begin_each(made.observe_each(queries), version, cache)
+        return tree.score_each(prefixes, [ANSWERS] * len(queries))
+
+
+@pytest.mark.parametrize("part", ["language", "vision"])
+def test_a_prompt_is_fed_once_for_each_version(tiny: Path, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, cache = policy(tiny, part=part), ByteCache(10**9)
+    asked = [query(0), query(0, question="is it red, or rather blue?"), query(1), query(0)]
+    alone = [answered(made, [one], "v1", None)[0] for one in asked]
+    fed: list[int] = []
+    feed = tree.Prefixes._feed
+    monkeypatch.setattr(tree.Prefixes, "_feed", lambda self, rows: fed.extend(rows) or feed(self, rows))
+    for ours, theirs in zip(answered(made, asked[:2], "v1", cache), alone, strict=False):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert len(fed) == 2
+    for ours, theirs in zip(answered(made, asked, "v1", cache), alone, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert len(fed) == 3  # of the four, one alone was not known
+    answered(made, asked[:2], "v2", cache)
+    assert len(fed) == 5
+
+
+def test_what_is_kept_of_a_prompt_does_not_keep_its_batch(tiny: Path) -> None:
+    made, cache = policy(tiny), ByteCache(10**9)
+    answered(made, [query(number) for number in range(6)], "v1", cache)
+    for prefix, size in cache._values.values():
+        assert sum(tensor.untyped_storage().nbytes() for tensor in prefix.tensors()) == size
