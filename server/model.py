@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import structlog
 import torch
 
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.sharing import share_weights
 from servetune.adapters.store import AdapterStore
 from servetune.nano import WEIGHTS
 from servetune.server.settings import Settings
 from servetune.server.valkey import try_lock
+
+log = structlog.get_logger()
 
 
 def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Policy:
@@ -29,6 +33,11 @@ def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Polic
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = str(WEIGHTS) if settings.model == "nano" else settings.model
     family = Family.load(source, device, getattr(torch, _dtype(settings, device)))
+    if settings.share_weights:
+        try:
+            share_weights(family.model, settings.path("weights", "x").parent)
+        except OSError as error:  # a full disk, for instance: it takes more memory then
+            log.warning("weights_not_shared", error=type(error).__name__)
     spec = LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     return Policy(family, spec, slots, settings.feature_cache_bytes)
 

@@ -50,6 +50,9 @@ class Settings(BaseSettings):
     # engine
     device: str = Field("auto", description="auto, cpu, cuda")
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    share_weights: bool = Field(
+        True, description="server and worker map one copy of the base weights, a file under the home (CPU)"
+    )
     serve_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
     recognition_question: str | None = Field(None, description="default question of recognition requests")
     swap_poll_s: float = Field(0.25, gt=0)
