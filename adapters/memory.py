@@ -25,6 +25,7 @@ DOUBT = 2.0  # weight of a view's mean entropy among few answers
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
 KEPT = 0.2  # of an open question's target at most is for answers that its stream does not show
 SHOWN = 0.1  # of the commonest answer's wins, below which an open question's stream does not show an answer
+POLAR = {"yes", "no"}  # a stream that shows one shows the other: it is what else there is to say
 SOME_VOTES, MOST_VOTES = 0.01, 0.7  # shares, for telling wordings of one question by their answers
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
 
@@ -178,6 +179,8 @@ def _shown(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> lis
             wins.update(answers[place] for place in logvotes.argmax(-1).tolist())
         if wins.total() >= MIN_ASKED:
             shown = {answer for answer, won in wins.items() if won >= SHOWN * max(wins.values())}
+            if shown & POLAR:
+                shown |= POLAR
             for number in numbers:
                 found[number] = shown
     return found
