@@ -219,6 +219,19 @@ def test_answers_that_an_open_question_never_wins_keep_the_probability_of_the_re
     assert memory.lessons()[0].shown.all()
 
 
+@pytest.mark.parametrize(
+    ("answers", "shown"), [(("yes", "no"), [True, True]), (("circle", "square"), [True, False])]
+)
+def test_a_stream_of_yes_shows_no_as_well(answers: tuple[str, str], shown: list[bool]) -> None:
+    """Else `no` would fade where it happens to be wrong, and with it every `no` that is right."""
+    memory = Memory(temperature=1.0)
+    for number in range(12):
+        one = ballot(number, {SAME: [0.6 + 0.03 * number, 0.4 - 0.03 * number]}, spread(number))
+        memory.add(replace(one, query=replace(one.query, question="is it?", labels=()), answers=answers))
+    for lesson in memory.lessons():
+        assert lesson.shown.tolist() == shown
+
+
 def memory_of(*ballots: Ballot) -> Memory:
     memory = Memory()
     for each in ballots:
