@@ -358,6 +358,18 @@ class Family:
         )
         return output.logits.float()  # type: ignore[no-any-return]
 
+    def glance(self, num_tokens: int) -> Tensor:
+        """(V,) float32 logits after a fixed sequence of tokens, fed to the decoder alone; no state is kept."""
+        decoder, head = self.model.get_decoder(), self.model.get_output_embeddings()
+        known = torch.ones(len(head.weight), dtype=torch.bool)
+        known[self.forbidden] = False
+        ids = known.nonzero()[:, 0]
+        chosen = ids[torch.linspace(0, len(ids) - 1, num_tokens).long()].to(self.device)
+        inputs = self.model.get_input_embeddings()(chosen)[None]
+        positions = torch.arange(num_tokens, device=self.device)[None]
+        hidden = decoder(inputs_embeds=inputs, position_ids=positions, use_cache=False)
+        return head(hidden.last_hidden_state[0, -1]).float()  # type: ignore[no-any-return]
+
     def _embedded(self, prompt: Prompt, features: dict[str, Any]) -> Tensor:
         """(P, D) input embeddings of a prompt, its image features in place."""
         ids, seen = prompt.inputs["input_ids"][0], image_tokens(features)

@@ -1,4 +1,4 @@
-"""The policy: a frozen family with LoRA slots. One thread at a time may use it.
+"""The policy: a frozen family with LoRA slots. One thread uses it; a second one may load and probe a spare slot.
 
 A slot holds one adapter version. Choosing a slot is cheap, loading a version copies small tensors, and the
 reference is the same model with every adapter off.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,12 +23,13 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from servetune.adapters import tree
-from servetune.adapters.family import Family, Prefix, Prompt
+from servetune.adapters.family import Family, Prefix, Prompt, image_tokens
 from servetune.adapters.features import ByteCache, digest
 from servetune.adapters.types import Query
 
 Part = Literal["language", "vision", "all"]
-PROBE_SIZE = 32
+PROBE_SIZE = 32  # values
+PROBE_TOKENS = 16
 CACHE_BYTES = 256 * 2**20
 LIKELY = 6.0  # nats below the best label at which another no longer matters
 UNLIKELY = 10.0  # and where it is put then
@@ -281,12 +284,22 @@ class Policy:
 
     @torch.no_grad()
     def probe(self) -> tuple[float, ...]:
-        """Logits of the active adapter on a fixed image and question: tells versions apart."""
+        """What the active adapter makes of fixed tokens (and of a fixed image where it acts on vision): tells
+        versions apart.
+
+        It touches nothing that an answer depends on: a second thread may probe a slot of its own choice beside the
+        policy's thread.
+        """
+        values = [self.family.glance(PROBE_TOKENS)]
+        if self.spec.part != "language":
+            values.append(image_tokens(self.family.see(self._probe)).flatten())
+        sampled = [value[torch.linspace(0, len(value) - 1, PROBE_SIZE).long()].tolist() for value in values]
+        return tuple(round(value, 6) for own in sampled for value in own)
+
+    @cached_property
+    def _probe(self) -> Prompt:
         ramp = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-        prompt = self.family.prompt([ramp], "What is this?")
-        logits = self.family.prefill(prompt, self.family.see(prompt)).logits[0]
-        places = torch.linspace(0, len(logits) - 1, PROBE_SIZE).long()
-        return tuple(round(value, 6) for value in logits[places.to(logits.device)].tolist())
+        return self.family.prompt([ramp], "What is this?")
 
 
 def scaled(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
@@ -294,11 +307,11 @@ def scaled(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {key: value * factor if ".lora_B." in key else value for key, value in weights.items()}
 
 
-@dataclass(slots=True)
-class _Choice:
-    """The slot in use, shared by all layers."""
+class _Choice(threading.local):
+    """The slot that a thread uses, known to all layers."""
 
-    slot: str | None
+    def __init__(self, slot: str | None) -> None:
+        self.slot = slot
 
 
 def _adapted(layer: Any, choice: _Choice) -> Callable[[Tensor], Tensor]:

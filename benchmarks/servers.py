@@ -1,4 +1,4 @@
-"""Servers of one checkpoint on the loopback interface: ours, a plain one around `generate`, and vLLM."""
+"""Servers of one checkpoint on the loopback interface: ours, a plain one, transformers' own, and vLLM."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ def _native(image: str, question: str, tokens: int) -> dict[str, Any]:
     return {"image": image, "question": question, "max_tokens": tokens, "adapt": False}
 
 
-def _chat(image: str, question: str, tokens: int) -> dict[str, Any]:
+def _chat(image: str, question: str, tokens: int, model: str = "model") -> dict[str, Any]:
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
     return {
-        "model": "model",
+        "model": model,
         "messages": [{"role": "user", "content": content}],
         "max_tokens": tokens,
         "temperature": 0.0,
@@ -46,40 +47,39 @@ def _chat(image: str, question: str, tokens: int) -> dict[str, Any]:
 
 
 @contextmanager
-def running(name: str, checkpoint: Path, threads: int, home: Path | None = None) -> Iterator[Server]:
-    """Start `ours`, `plain` or `vllm` on a free port, wait until it answers, and end it afterwards."""
+def running(
+    name: str, checkpoint: Path, threads: int, home: Path | None = None, **settings: object
+) -> Iterator[Server]:
+    """Start `ours`, `plain`, `transformers` or `vllm` on a free port, and end it afterwards.
+
+    Args:
+        home, settings: of our own server, which has no worker unless they say so.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     root = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
         if name == "ours":
-            command = [
-                str(Path(sys.executable).with_name("servetune")),
-                "serve",
-                str(checkpoint),
-                "--port",
-                str(port),
-            ]
-            env |= {
-                "SERVETUNE_HOME": str(home or folder),
-                "SERVETUNE_SERVE_THREADS": str(threads),
-                "SERVETUNE_WORKER": "false",
-            }
+            command = [_script("servetune"), "serve", str(checkpoint), "--port", str(port)]
+            chosen = {"home": home or folder, "serve_threads": threads, "worker": False} | settings
+            env |= {f"SERVETUNE_{key.upper()}": str(value) for key, value in chosen.items()}
             url, ready, ask = f"{root}/answer", f"{root}/readyz", _native
         elif name == "plain":
             script = Path(__file__).parent / "peers" / "plain_server.py"
             command = [sys.executable, str(script), str(checkpoint), str(port), str(threads)]
             url, ready, ask = f"{root}/answer", f"{root}/ready", _native
+        elif name == "transformers":
+            serve = envs.python("transformers").with_name("transformers")
+            flags = ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--device", "cpu"]
+            command = [str(serve), "serve", str(checkpoint), *flags]
+            url, ready = f"{root}/v1/chat/completions", f"{root}/health"
+            ask = partial(_chat, model=str(checkpoint))
         else:
-            command = [
-                str(envs.python("vllm")),
-                "-m",
-                "vllm.entrypoints.openai.api_server",
-                *_vllm(checkpoint, port),
-            ]
+            command = [str(envs.python("vllm")), "-m", "vllm.entrypoints.openai.api_server"]
+            command += _vllm(checkpoint, port)
             env |= {
                 "VLLM_NO_USAGE_STATS": "1",
                 "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -98,6 +98,10 @@ def running(name: str, checkpoint: Path, threads: int, home: Path | None = None)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
                 process.wait()
+
+
+def _script(name: str) -> str:
+    return str(Path(sys.executable).with_name(name))
 
 
 def _vllm(checkpoint: Path, port: int) -> list[str]:

@@ -28,6 +28,7 @@ from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
 
 MOST_TOGETHER = 32  # queries in one batch
+MEMORY = 0.9  # how much one more answer leaves of what was known of the pace
 LET_OTHERS_IN = 8  # tokens of a growing answer after which what waits is answered
 
 
@@ -79,8 +80,10 @@ class Answering:
     def __init__(self, policy: Policy, cache_bytes: int = 0) -> None:
         self._policy = policy
         self._prompts = ByteCache(cache_bytes)
+        self.pace_s = 0.0  # of the model's time for an answer, of late
         self._pending: deque[Job] = deque()
         self._nested = False
+        self._num_taken = 0
 
     def add(self, job: Job) -> None:
         """Let a job wait; whoever adds one sees to it that `turn` is called."""
@@ -94,6 +97,7 @@ class Answering:
     @torch.no_grad()
     def turn(self) -> None:
         """Answer the job that has waited longest, and with it others of the same version."""
+        taken = self._num_taken
         if not (jobs := self._take()):
             return
         began = time.perf_counter()
@@ -104,6 +108,12 @@ class Answering:
             for job in jobs:
                 if not job.found.done():
                     job.found.set_exception(error)
+        if not self._nested:  # what was let in is part of this turn
+            self._note(time.perf_counter() - began, self._num_taken - taken)
+
+    def _note(self, spent_s: float, num: int) -> None:
+        kept = MEMORY**num if self.pace_s else 0.0
+        self.pace_s = kept * self.pace_s + (1 - kept) * spent_s / num
 
     def _take(self) -> list[Job]:
         jobs: list[Job] = []
@@ -118,6 +128,7 @@ class Answering:
                 else:
                     jobs.append(job)
         self._pending.extendleft(reversed(others))
+        self._num_taken += len(jobs)
         return jobs
 
     def _answer(self, jobs: list[Job], began: float) -> None:

@@ -1,8 +1,8 @@
 """The serving policy on its own thread: answers, and swaps between answers.
 
-One thread touches the model and answers together what waits for one version (`answering.py`). A request
-leases the version it was admitted with; a new version is read and verified beside it, copied into a free
-slot, probed, and becomes current by one assignment. A slot is reused only when nobody leases its version.
+One thread answers, together what waits for one version (`answering.py`). A request leases the version it was
+admitted with; a new version is read, verified, copied into a free slot and probed by a second thread, and becomes
+current by one assignment. A slot is reused only when nobody leases its version.
 """
 
 from __future__ import annotations
@@ -79,7 +79,9 @@ class Engine:
         self.serving = BASE
         self._policy = policy
         self._settings = settings
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="engine")
+        # The number of threads is a property of each thread that calls torch.
+        self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (settings.serve_threads,))
+        self._loader = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
         self._answering = Answering(policy, settings.prompt_cache_bytes)
         self._base = Resident(BASE, None, store.manifest(BASE).digest)
         self._resident: dict[int, Resident] = {}  # besides the base, least recently used first
@@ -105,11 +107,16 @@ class Engine:
         for stop in self._running:
             stop.set()
         self._answering.cancel()
-        await asyncio.to_thread(self._thread.shutdown, True, cancel_futures=True)
+        for thread in (self._loader, self._thread):
+            await asyncio.to_thread(thread.shutdown, True, cancel_futures=True)
 
     def ready(self) -> bool:
         """Has `start` verified a version?"""
         return self._watcher is not None
+
+    def wait_s(self, ahead: int) -> float:
+        """How long a request will wait for so many others, going by how long answers have taken of late."""
+        return ahead * self._answering.pace_s
 
     async def ping(self) -> None:
         """A no-op through the engine's thread."""
@@ -276,7 +283,8 @@ class Engine:
             slot = self._free_slot()
             manifest = await asyncio.to_thread(self.store.manifest, version)
             weights = await asyncio.to_thread(self.store.weights, version)
-            await self._run(lambda: self._load(slot, weights, manifest.probe, version))
+            loading = self._loader.submit(self._load, slot, weights, manifest.probe, version)
+            await asyncio.wrap_future(loading)
             made = self._resident[version] = Resident(version, slot, manifest.digest, manifest.temperature)
             return made
 

@@ -41,6 +41,7 @@ log = structlog.get_logger("servetune.service")
 
 T = TypeVar("T")
 RECOGNITION_TOP_K = 5
+ALWAYS_ADMITTED = 2  # requests, however slow the model is
 SPARE = 0.9  # share of the request's time that looking again may use up
 
 
@@ -102,7 +103,10 @@ class AnswerService:
         # Counted before decoding: a full server must not pay for the images it refuses.
         if not self._engine.ready():
             raise ServiceError("not_ready")
-        if self._admitted_now >= self._settings.queue_size:
+        ahead = self._admitted_now
+        if ahead >= self._settings.queue_size:
+            raise QueueFull
+        if ahead > ALWAYS_ADMITTED and self._engine.wait_s(ahead) > self._settings.queue_wait_s:
             raise QueueFull
         self._admitted_now += 1
         try:

@@ -42,6 +42,9 @@ class Settings(BaseSettings):
     decode_side: int = Field(2048, ge=64, description="longest side an image is decoded to, in pixels")
     image_hosts: tuple[str, ...] = Field((), description="https hosts that image URLs may name; none: off")
     queue_size: int = Field(256, ge=1, description="requests waiting for the engine before 503")
+    queue_wait_s: float = Field(
+        2.0, gt=0, description="expected wait for the engine from which on a request gets 503"
+    )
     request_timeout_s: float = Field(60.0, gt=0)
     now_deadline_s: float = Field(
         5.0, gt=0, description="for an answer with `adapt: now`, unless the request says"

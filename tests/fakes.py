@@ -47,6 +47,7 @@ class FakeEngine:
         self.due_in_s: list[float | None] = []
         self.cancelled = 0
         self.life: list[str] = []
+        self.pace_s = 0.0
 
     async def start(self) -> None:
         self.life.append("started")
@@ -56,6 +57,9 @@ class FakeEngine:
 
     def ready(self) -> bool:
         return self.is_ready
+
+    def wait_s(self, ahead: int) -> float:
+        return ahead * self.pace_s
 
     async def ping(self) -> None:
         if self.error:

@@ -270,6 +270,23 @@ async def test_more_candidates_than_tokens_are_no_error(engine: Engine) -> None:
     assert outcome.candidates
 
 
+async def test_the_engine_knows_how_long_a_queue_takes(engine: Engine) -> None:
+    assert engine.wait_s(7) == 0
+    answers = [await engine.answer(query(n), Sampling(max_tokens=3), "live") for n in range(8)]
+    times = sorted(one.inference_s for one in answers)
+    assert 0.5 * times[0] <= engine.wait_s(1) <= 2 * times[-1]
+    assert engine.wait_s(7) == pytest.approx(7 * engine.wait_s(1))
+
+
+def test_the_pace_of_late_counts_most(policy: Policy) -> None:
+    answering = Answering(policy)
+    answering._note(4.0, 2)
+    assert answering.pace_s == 2.0
+    for _ in range(50):
+        answering._note(1.0, 4)
+    assert answering.pace_s == pytest.approx(0.25, rel=1e-6)
+
+
 async def test_scores_do_not_depend_on_the_temperature_that_was_drawn_at(engine: Engine) -> None:
     cold = Sampling(n=1, max_tokens=3, temperature=0.0, top_k=1, seed=0)
     cool = Sampling(n=1, max_tokens=3, temperature=0.01, top_k=1, seed=0)

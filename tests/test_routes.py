@@ -423,6 +423,31 @@ async def test_failures_of_the_engine(world: World, error: Exception, status: in
     assert "what is it?" not in str(logged)
 
 
+async def test_who_would_wait_too_long_is_refused_before_the_image_is_decoded(tmp_path: Path) -> None:
+    world = World(tmp_path, queue_wait_s=1.0)
+    world.engine.hold = asyncio.Event()
+    world.engine.pace_s = 0.3
+    waiting = [asyncio.create_task(world.ask()) for _ in range(4)]
+    await until(lambda: len(world.engine.asked) == 4)
+    refused = await world.ask(image="not even an image")
+    check_problem(refused, 503, "queue_full")
+    assert int(refused.headers["retry-after"]) >= 1
+    world.engine.pace_s = 0.2
+    check_problem(await world.ask(image="not even an image"), 422, "invalid_image")
+    world.engine.hold.set()
+    assert [reply.status_code for reply in await asyncio.gather(*waiting)] == [200] * 4
+
+
+async def test_two_may_wait_however_slow_the_model_is(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.engine.hold, world.engine.pace_s = asyncio.Event(), 100.0
+    waiting = [asyncio.create_task(world.ask()) for _ in range(3)]
+    await until(lambda: len(world.engine.asked) == 3)
+    check_problem(await world.ask(), 503, "queue_full")
+    world.engine.hold.set()
+    assert [reply.status_code for reply in await asyncio.gather(*waiting)] == [200] * 3
+
+
 async def test_an_answer_has_a_deadline(tmp_path: Path) -> None:
     world = World(tmp_path, request_timeout_s=1)
     world.engine.hold = asyncio.Event()

@@ -1,0 +1,115 @@
+"""Load for the benchmarks of serving: pictures that nobody has seen, closed and open loops, and what came of them."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import itertools
+import random
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx2
+import torch
+from PIL import Image
+
+from benchmarks.servers import Server
+
+QUESTION = "what is the answer in this image?"
+TOKENS = 5
+SIDES = {"nano": 96, "mid": 448}
+"""Sides of the pictures that a model is asked about, in pixels."""
+
+
+@dataclass(slots=True)
+class Load:
+    """Seconds that each answer took, how long the load lasted, and how often each other status came."""
+
+    times: list[float] = field(default_factory=list)
+    spent_s: float = 0.0
+    refused: Counter[int] = field(default_factory=Counter)
+
+    @property
+    def per_s(self) -> float:
+        return len(self.times) / self.spent_s
+
+    def quantile(self, share: float) -> float:
+        """Seconds that this share of the answers took at most."""
+        ranked = sorted(self.times)
+        return ranked[min(len(ranked) - 1, int(len(ranked) * share))]
+
+    def summary(self) -> dict[str, float]:
+        """n, answers per second, p50 and p99 in seconds, and what was no answer."""
+        return {
+            "n": len(self.times),
+            "per_s": self.per_s,
+            "p50_s": self.quantile(0.5),
+            "p99_s": self.quantile(0.99),
+            "failed": self.refused.total(),
+        }
+
+
+def pictures(side: int) -> Iterator[str]:
+    """Data URIs of noise, no two alike."""
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randint(0, 256, (side, side, 3), generator=generator, dtype=torch.uint8)
+    for number in itertools.count():
+        pixels = base.roll(number + 1, 0)
+        pixels[0, 0] = torch.tensor([number % 256, number // 256 % 256, 7], dtype=torch.uint8)
+        file = io.BytesIO()
+        Image.fromarray(pixels.numpy()).save(file, "PNG", compress_level=0)
+        yield f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+async def closed_loop(server: Server, images: Iterator[str], clients: int, seconds: float) -> Load:
+    """Every client asks again when it has its answer."""
+    made = Load()
+    began = time.perf_counter()
+
+    async def client(http: httpx2.AsyncClient) -> None:
+        while time.perf_counter() - began < seconds:
+            await _ask(server, http, next(images), made)
+
+    async with _http(clients) as http:
+        await asyncio.gather(*(client(http) for _ in range(clients)))
+    made.spent_s = time.perf_counter() - began
+    return made
+
+
+async def open_loop(server: Server, images: Iterator[str], per_s: float, seconds: float, seed: int = 0) -> Load:
+    """Questions come at random times (a Poisson process), whether or not earlier ones were answered.
+
+    An answer's time counts from when its question was due, so a sender that lags hides nothing.
+    """
+    made, rng = Load(), random.Random(seed)
+    began = due = time.perf_counter()
+    async with _http(4096) as http, asyncio.TaskGroup() as asking:
+        while (due := due + rng.expovariate(per_s)) - began < seconds:
+            image = next(images)
+            await asyncio.sleep(max(0.0, due - time.perf_counter()))
+            asking.create_task(_ask(server, http, image, made, due))
+    made.spent_s = seconds
+    return made
+
+
+def _http(connections: int) -> httpx2.AsyncClient:
+    return httpx2.AsyncClient(timeout=300, limits=httpx2.Limits(max_connections=connections))
+
+
+async def _ask(
+    server: Server, http: httpx2.AsyncClient, image: str, made: Load, asked: float | None = None
+) -> None:
+    body: Any = server.ask(image, QUESTION, TOKENS)
+    asked = time.perf_counter() if asked is None else asked
+    try:
+        status = (await http.post(server.url, json=body)).status_code
+    except httpx2.HTTPError:
+        status = 0
+    if status == 200:
+        made.times.append(time.perf_counter() - asked)
+    else:
+        made.refused[status] += 1
