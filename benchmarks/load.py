@@ -1,4 +1,4 @@
-"""Load for the benchmarks of serving: pictures that nobody has seen, closed and open loops, and what came of them."""
+"""Load for the benchmarks of serving: unseen pictures, closed and open loops, and what came of them."""
 
 from __future__ import annotations
 

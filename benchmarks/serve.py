@@ -1,11 +1,11 @@
 """Serving one checkpoint: servetune against a plain FastAPI + `generate` server, `transformers serve` and vLLM.
 
-    python -m benchmarks.serve [--models nano mid] [--peers plain transformers vllm] [--clients 1 8 32] [--rounds 3]
+    python -m benchmarks.serve [--models nano mid] [--peers plain transformers vllm] [--clients 1 8 32]
 
-Every server has the same checkpoint, the same two threads and the machine to itself; servers take turns, `rounds`
-times. Clients ask one short question after the other over HTTP (at most 5 tokens, greedy) about images that nobody
-has seen before. `transformers serve` and vLLM run in environments of their own, which the first call installs. None
-of the servers refuses anybody: ours is told to let requests wait.
+Every server has the same checkpoint, the same two threads and the machine to itself; servers take turns,
+`rounds` times. Clients ask one short question after the other over HTTP (at most 5 tokens, greedy) about unseen
+images. `transformers serve` and vLLM run in environments of their own, which the first call installs. None of
+the servers refuses anybody: ours is told to let requests wait.
 
 Last line of stdout: JSON. `throughput_ratio_PEER` and `latency_ratio_PEER` are the minimum over models and numbers
 of clients of ours / theirs in answers per second, and of theirs / ours in the median seconds of an answer: larger
