@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 LONG = {"streams"}
-SHARED = {"envs", "models", "servers"}
+SHARED = {"envs", "load", "models", "servers"}
 
 
 def main() -> None:
