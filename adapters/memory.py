@@ -133,6 +133,8 @@ class Memory:
         wordings = _wordings(questions)
         dependences, shown = _dependences(questions, wordings), _shown(questions, wordings)
         for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
+            if answers is not None and len(answers) == 1:
+                dependence = 0.0  # it can be answered without looking
             lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
             found |= {lesson.ballot.query.id: lesson for lesson in lessons}
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])

@@ -230,6 +230,7 @@ def test_a_stream_of_yes_shows_no_as_well(answers: tuple[str, str], shown: list[
         memory.add(replace(one, query=replace(one.query, question="is it?", labels=()), answers=answers))
     for lesson in memory.lessons():
         assert lesson.shown.tolist() == shown
+        assert (lesson.dependence == 0) == (sum(shown) == 1)  # a single answer is given without looking
 
 
 def memory_of(*ballots: Ballot) -> Memory:
