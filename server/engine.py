@@ -276,17 +276,20 @@ class Engine:
         """A version with its weights loaded and verified. Raises QueueFull, CorruptVersion."""
         if version == BASE:
             return self._base
-        async with self._loading:
-            if version in self._resident:
-                self._resident[version] = self._resident.pop(version)  # most recently used
-                return self._resident[version]
-            slot = self._free_slot()
-            manifest = await asyncio.to_thread(self.store.manifest, version)
-            weights = await asyncio.to_thread(self.store.weights, version)
-            loading = self._loader.submit(self._load, slot, weights, manifest.probe, version)
-            await asyncio.wrap_future(loading)
-            made = self._resident[version] = Resident(version, slot, manifest.digest, manifest.temperature)
-            return made
+        if version not in self._resident:  # who asks a resident version does not wait while another is loaded
+            async with self._loading:
+                if version not in self._resident:
+                    self._resident[version] = await self._loaded(version)
+        self._resident[version] = self._resident.pop(version)  # most recently used
+        return self._resident[version]
+
+    async def _loaded(self, version: int) -> Resident:
+        slot = self._free_slot()
+        manifest = await asyncio.to_thread(self.store.manifest, version)
+        weights = await asyncio.to_thread(self.store.weights, version)
+        loading = self._loader.submit(self._load, slot, weights, manifest.probe, version)
+        await asyncio.wrap_future(loading)
+        return Resident(version, slot, manifest.digest, manifest.temperature)
 
     def _free_slot(self) -> str:
         used = {resident.slot for resident in self._resident.values()}

@@ -113,6 +113,24 @@ async def test_the_same_question_is_not_fed_again_and_a_swap_serves_nothing_stal
     await fresh.stop()
 
 
+async def test_nobody_waits_for_another_version_to_be_loaded(
+    engine: Engine, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = publish(policy, store, 1), publish(policy, store, 2)
+    before = await engine.answer(query(labels=LABELS), Sampling(), version_name(one))
+    go, load = threading.Event(), engine._load
+    monkeypatch.setattr(engine, "_load", lambda *args: go.wait(10) and load(*args))
+    loading = asyncio.create_task(engine.answer(query(labels=LABELS), Sampling(), version_name(other)))
+    while not engine._loading.locked():
+        await asyncio.sleep(0)
+    for choice in (version_name(one), "base"):
+        answer = await asyncio.wait_for(engine.answer(query(labels=LABELS), Sampling(), choice), 5)
+        assert answer.candidates == before.candidates or choice == "base"
+    assert not loading.done()
+    go.set()
+    assert (await loading).version == other
+
+
 async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
