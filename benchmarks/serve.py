@@ -73,8 +73,9 @@ def ratios(runs: dict[str, dict[str, float]], peers: list[str]) -> dict[str, Any
                 "latency": round(run["p50_s"] / ours["p50_s"], 3),
             }
     for peer in peers:
-        for kind in ("throughput", "latency"):
-            found[f"{kind}_ratio_{peer}"] = min(pair[kind] for name, pair in each.items() if f" {peer} " in name)
+        pairs = [pair for name, pair in each.items() if f" {peer} " in name]
+        for kind in ("throughput", "latency") if pairs else ():
+            found[f"{kind}_ratio_{peer}"] = min(pair[kind] for pair in pairs)
     return found | {"ratios": each}
 
 

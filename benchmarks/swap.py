@@ -8,10 +8,10 @@ probes one. What each version answers to each probe was written down before, wit
 
 Last line of stdout: JSON. `failed` answers raised an error; `mixed` ones are those of another version than they
 say they are, `torn` ones are no version's. `max_stall_ms` is the longest time that a swap held the engine's
-thread, which is all that an answer can wait for; `max_load_ms` is what a swap took beside it. `p99_ratio` is
-the p99 of answers while versions are swapped once a second against none, in three interleaved rounds (a version
-in a second is many times what a learner makes). `rss_slope_kb_per_swap` is by least squares over the second
-half of the last `more` swaps without clients.
+thread, or a request for a version that is loaded already; `max_load_ms` is what loading one took beside the
+answers. `p99_ratio` is the p99 of answers while versions are swapped once a second against none, in three
+interleaved rounds (a version in a second is many times what a learner makes). `rss_slope_kb_per_swap` is by
+least squares over the second half of the last `more` swaps without clients.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
 
 async def measure(options: argparse.Namespace, home: Path) -> dict[str, float]:
     name = options.model if options.model == "nano" else str(checkpoint(options.model))
-    settings = Settings(home=home, model=name, swap_poll_s=3600, queue_wait_s=600)
+    settings = Settings(home=home, model=name, swap_poll_s=3600)
     policy = load_policy(settings, SLOTS, settings.serve_threads)
     store = open_store(settings, policy)
     versions = [publish(policy, store, seed) for seed in range(NUM_VERSIONS)]
@@ -102,7 +102,7 @@ def publish(policy: Policy, store: AdapterStore, seed: int) -> int:
 
 
 def watched(engine: Engine) -> tuple[list[float], list[float]]:
-    """Seconds that swaps keep the engine's thread, and the other one."""
+    """Seconds that swaps hold the engine or a request for a loaded version, and what loading took."""
     stalls: list[float] = []
     loads: list[float] = []
 
@@ -116,6 +116,16 @@ def watched(engine: Engine) -> tuple[list[float], list[float]]:
 
         return run
 
+    make_resident = engine._make_resident
+
+    async def make_resident_watched(version: int) -> Any:
+        known, began = version in engine._resident, time.perf_counter()
+        made = await make_resident(version)
+        if known:
+            stalls.append(time.perf_counter() - began)
+        return made
+
+    engine._make_resident = make_resident_watched  # type: ignore[method-assign]
     submit = engine._thread.submit
 
     def submit_watched(work: Any, *args: Any) -> Any:

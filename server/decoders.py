@@ -25,6 +25,10 @@ from servetune.server.decoding import CHANNELS, REASONS, Limits, Refused, comman
 NUM_CHILDREN = 2  # a 50 Mpx image takes 150 MB and more while it is decoded
 TIMEOUT_S = 10.0  # of one image; the largest one that is taken needs about 2
 LONGEST_REPLY = 64
+PIXEL = bytes.fromhex(  # a PNG of 1 x 1
+    "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
+    "0000000a49444154789c636000000002000148afa4710000000049454e44ae426082"
+)
 
 log = structlog.get_logger()
 
@@ -44,9 +48,16 @@ class Decoders:
             self._free.put(_Child(limits, max_file_bytes, timeout_s))
 
     def start(self) -> None:
-        """Start the children now, and not with the first images."""
+        """Start the children now, and not with the first images.
+
+        Raises:
+            RuntimeError: they do not decode an image.
+        """
         for child in self._free.queue:
-            child.started()
+            try:
+                child.decode(PIXEL)
+            except Refused:
+                raise RuntimeError("images cannot be decoded: the decoder does not start") from None
 
     async def decode(self, data: bytes | str) -> Image.Image:
         """The RGB image of a file, or of its base64 text.
@@ -97,7 +108,7 @@ class _Child:
     def _ask(self, request: bytes) -> str:
         """The child's reply; none when it died or was too slow."""
         try:
-            child = self.started()
+            child = self._started()
             child.sendall(request)
             return child.recv(LONGEST_REPLY).decode("ascii", "replace")
         except OSError:  # a timeout is one
@@ -106,7 +117,7 @@ class _Child:
     def _fits(self, side: str) -> bool:
         return side.isdigit() and 0 < int(side) <= self._limits.decoded_side
 
-    def started(self) -> socket.socket:
+    def _started(self) -> socket.socket:
         if self._ended is None:
             ours, theirs = socket.socketpair()
             ours.settimeout(self._timeout_s)

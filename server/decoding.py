@@ -159,10 +159,11 @@ def _serve(arguments: Sequence[str]) -> None:
 
 
 def _confine(parent: int, limits: Limits) -> None:
-    """No more memory than the largest image takes, no files, no processes, no life without the parent."""
+    """No more memory than the largest image takes, nothing written, no processes, no life without the parent."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to act on
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core would hold images
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_NPROC, (0, 0))  # root is not held by it
     if sys.platform != "linux":
         return
     memory = ROOM + PIXEL_BYTES * limits.pixels

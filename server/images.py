@@ -26,7 +26,7 @@ class ImageReader:
         self._decoders = Decoders(self._limits, settings.max_body_bytes)
 
     def start(self) -> None:
-        """Be ready for the first image."""
+        """Be ready for the first image. Raises RuntimeError where images cannot be decoded."""
         self._decoders.start()
 
     async def read(self, inputs: Sequence[bytes | ImageInput]) -> tuple[Image.Image, ...]:
@@ -49,7 +49,7 @@ class ImageReader:
             raise _as_error(refusal, self._limits) from None
 
     def close(self) -> None:
-        """End the decoders; what they are at is given up."""
+        """Take no more images; what is being decoded is given up."""
         self._decoders.close()
 
 

@@ -74,7 +74,7 @@ def worker(**flags: Any) -> None:
     with _plain_refusals():
         settings = Settings(**flags)
         with _only_worker(settings, stop), _redis(settings) as redis_url:
-            policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads)
+            policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads, stays=True)
             store = open_store(settings, policy)
             audit = AuditLog(settings.path("audit.jsonl"))
             log.info("worker_started", model=settings.model, adapter=settings.adapter, home=str(settings.home))
@@ -83,7 +83,7 @@ def worker(**flags: Any) -> None:
 
 
 async def _serve(settings: Settings, redis_url: str) -> None:
-    policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads)
+    policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads, stays=True)
     store = await asyncio.to_thread(open_store, settings, policy)
     engine = Engine(policy, store, settings)
     buffer = QueryBuffer.connect(settings, redis_url)

@@ -19,10 +19,14 @@ from servetune.server.valkey import try_lock
 log = structlog.get_logger()
 
 
-def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Policy:
+def load_policy(settings: Settings, slots: Sequence[str], threads: int, stays: bool = False) -> Policy:
     """Load the model of the settings with a thread budget of its own.
 
     Two processes that both use every core slow each other tenfold, so nobody takes the default.
+
+    Args:
+        stays: for as long as a server runs. Such processes have the base weights in memory once, in a file of
+            their size under the home; what only looks at a model leaves no such file.
 
     Raises:
         UnsupportedModel: see `Family.load`.
@@ -33,13 +37,17 @@ def load_policy(settings: Settings, slots: Sequence[str], threads: int) -> Polic
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = str(WEIGHTS) if settings.model == "nano" else settings.model
     family = Family.load(source, device, getattr(torch, _dtype(settings, device)))
-    if settings.share_weights:
-        try:
-            share_weights(family.model, settings.path("weights", "x").parent)
-        except OSError as error:  # a full disk, for instance: it takes more memory then
-            log.warning("weights_not_shared", error=type(error).__name__)
+    if stays and settings.share_weights:
+        _share(settings, family)
     spec = LoraSpec(settings.lora_rank, settings.lora_alpha, settings.lora_targets)
     return Policy(family, spec, slots, settings.feature_cache_bytes)
+
+
+def _share(settings: Settings, family: Family) -> None:
+    try:
+        share_weights(family.model, settings.path("weights", "x").parent)
+    except OSError as error:  # a full disk, for instance: it takes more memory then
+        log.warning("weights_not_shared", error=type(error).__name__)
 
 
 def _dtype(settings: Settings, device: str) -> str:

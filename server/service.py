@@ -94,7 +94,7 @@ class AnswerService:
         self._images.start()
 
     async def drain(self) -> None:
-        """Let running buffer writes end, for a few seconds, and end the decoders."""
+        """Let running buffer writes end, for a few seconds, and take no more images."""
         await self._keeper.drain()
         self._images.close()
 

@@ -250,6 +250,13 @@ async def test_a_dead_decoder_is_replaced() -> None:
     assert pid(decoders) != first
 
 
+async def test_decoders_that_cannot_start_are_found_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    Decoders(LIMITS, 10**6).start()
+    monkeypatch.setattr("servetune.server.decoders.command", lambda *_: ["/bin/false"])
+    with pytest.raises(RuntimeError, match="does not start"):
+        Decoders(LIMITS, 10**6).start()
+
+
 async def test_an_image_that_takes_too_long_is_given_up() -> None:
     decoders = Decoders(LIMITS, 10**6, timeout_s=0.5)
     await decoders.decode(png())
@@ -268,7 +275,7 @@ async def test_a_decoder_has_no_keys_and_little_memory(monkeypatch: pytest.Monke
     assert (child / "environ").read_bytes() == b""
     limits = dict(re.findall(r"^(Max [a-z ]+?)  +(\S+)", (child / "limits").read_text(), re.MULTILINE))
     assert int(limits["Max address space"]) < 2**31
-    assert limits["Max core file size"] == limits["Max file size"] == "0"
+    assert limits["Max core file size"] == limits["Max file size"] == limits["Max processes"] == "0"
 
 
 async def test_the_largest_image_fits_into_a_decoder() -> None:

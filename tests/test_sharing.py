@@ -12,6 +12,8 @@ import torch
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.sharing import share_weights
+from servetune.server.model import load_policy
+from servetune.server.settings import Settings
 from tests.conftest import query
 
 
@@ -82,6 +84,15 @@ def test_without_room_the_model_stays_as_it_was(tiny: Path, tmp_path: Path) -> N
     with pytest.raises(OSError, match="file"):
         share_weights(family.model, tmp_path / "file")
     assert family.digest() == digest
+
+
+def test_what_only_looks_at_a_model_leaves_no_file(tmp_path: Path) -> None:
+    load_policy(Settings(home=tmp_path), ("one",), 1)
+    assert not (tmp_path / "weights").exists()
+    load_policy(Settings(home=tmp_path, share_weights=False), ("one",), 1, stays=True)
+    assert not (tmp_path / "weights").exists()
+    load_policy(Settings(home=tmp_path), ("one",), 1, stays=True)
+    assert weights(tmp_path / "weights").stat().st_size > 10_000_000
 
 
 SHARED = """
