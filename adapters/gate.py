@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from servetune.adapters import tree
+from servetune.adapters import growth
 from servetune.adapters.answers import canonical
 from servetune.adapters.calibration import confidence, expected_accuracy, fit_temperature
 from servetune.adapters.memory import Lesson
@@ -208,7 +208,7 @@ class Gate:
         """The greedy answers of the active adapter."""
         family, prefixes = self.policy.family, self.policy.begin_each(observations)
         views = []
-        for (sample,) in tree.sample_each(prefixes, 1, self.max_tokens, temperature=0.0):
+        for (sample,) in growth.sample_each(prefixes, 1, self.max_tokens, temperature=0.0):
             answer = canonical(family.text(sample.tokens)) if sample.finished else ""
             views.append(_View(answer, float(bool(answer))))
         return views
@@ -218,7 +218,7 @@ class Gate:
         generator = torch.Generator().manual_seed(self.seed)
         self.policy.use(self.candidate)
         prefixes = self.policy.begin_each(observations)
-        drawn = tree.sample_each(prefixes, KL_SAMPLES, self.max_tokens, generator=generator)
+        drawn = growth.sample_each(prefixes, KL_SAMPLES, self.max_tokens, generator=generator)
         found = []
         for slot in (None, self.live):
             self.policy.use(slot)
@@ -271,7 +271,7 @@ def _divergence(ours: _View, theirs: _View) -> float:
     return float(torch.where(p > 0, p * (ours.logprobs - theirs.logprobs), 0.0).sum())
 
 
-def _estimate(samples: Sequence[tree.Sample], logprobs: Tensor) -> float:
+def _estimate(samples: Sequence[growth.Sample], logprobs: Tensor) -> float:
     """Mean over samples of the k3 estimate, from (M,) log-probabilities that another adapter gives to them."""
     terms = zip(samples, logprobs.tolist(), strict=True)
     return sum(s.count * _k3(min(logprob - s.logprob, 20.0)) for s, logprob in terms) / KL_SAMPLES

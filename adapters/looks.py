@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from servetune.adapters import tree
+from servetune.adapters import growth, tree
 from servetune.adapters.consensus import pool_looks
 from servetune.adapters.family import Prefix
 from servetune.adapters.policy import Policy
@@ -98,8 +98,8 @@ def _draw(policy: Policy, query: Query, sampling: Sampling, stop: threading.Even
     if num == 1:
         num, temperature = max(2, min(NUM_ROLLOUTS, MAX_TOKENS // longest)), 1.0
     generator = torch.Generator().manual_seed(sampling.seed or 0)
-    samples = tree.sample(family, prefix, 1, longest, temperature=0.0, stop=stop)
-    samples += tree.sample(family, prefix, num, longest, temperature, generator, stop)
+    samples = growth.sample(family, prefix, 1, longest, temperature=0.0, stop=stop)
+    samples += growth.sample(family, prefix, num, longest, temperature, generator, stop)
     tokens = {family.text(each): each for each in distinct_answers(family, samples)[0].values()}
     num_tokens = sum(len(sample.tokens) * sample.count for sample in samples)
     return Look(tokens, _score(policy, prefix, tokens) if tokens else torch.zeros(0), num, num_tokens)

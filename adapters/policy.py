@@ -278,10 +278,6 @@ class Policy:
         logprobs, _ = tree.score(self.family, prefix, [self.family.tokens(label) for label in labels])
         return logprobs.sum(-1)
 
-    def search_labels(self, prefix: Prefix, labels: Sequence[str]) -> Tensor:
-        """As `label_logprobs`, without gradient; of a long list, labels that cannot matter are not scored."""
-        return tree.search(self.family, prefix, [self.family.tokens(label) for label in labels])
-
     @torch.no_grad()
     def probe(self) -> tuple[float, ...]:
         """What the active adapter makes of fixed tokens (and of a fixed image where it acts on vision): tells

@@ -9,7 +9,7 @@ from itertools import chain
 
 import torch
 
-from servetune.adapters import tree
+from servetune.adapters import growth, tree
 from servetune.adapters.answers import canonical
 from servetune.adapters.family import Family, Prefix, image_tokens
 from servetune.adapters.memory import Ballot
@@ -53,7 +53,7 @@ def roll_out(
         if query.labels:
             rollouts = _labels(policy, prefix, query, num, generator, exact)
         else:
-            samples = tree.sample(policy.family, prefix, num, max_tokens, generator=generator)
+            samples = growth.sample(policy.family, prefix, num, max_tokens, generator=generator)
             rollouts = _sampled(policy, samples, num)
     return Group(query, observation, prefix, rollouts, count_votes(rollouts))
 
@@ -88,7 +88,7 @@ def cast_ballot(
             tokens = tuple(policy.family.tokens(label) for label in answers)
         else:
             prefixes = policy.begin_each(observations)
-            drawn = tree.sample_each(prefixes, max(2, num // len(looks)), max_tokens, generator=generator)
+            drawn = growth.sample_each(prefixes, max(2, num // len(looks)), max_tokens, generator=generator)
             found, valid = distinct_answers(policy.family, chain.from_iterable(drawn))
             if not found:
                 return None
@@ -119,10 +119,10 @@ def vote_again(policy: Policy, ballot: Ballot, views: Sequence[str]) -> None:
     ballot.rounds += 1
 
 
-def distinct_answers(family: Family, samples: Iterable[tree.Sample]) -> tuple[dict[str, tuple[int, ...]], float]:
+def distinct_answers(family: Family, samples: Iterable[growth.Sample]) -> tuple[dict[str, tuple[int, ...]], float]:
     """The commonest valid answers with the tokens of their likeliest spelling, and the share of valid samples."""
     counts: Counter[str] = Counter()
-    spelling: dict[str, tree.Sample] = {}
+    spelling: dict[str, growth.Sample] = {}
     for sample in samples:
         answer = canonical(family.text(sample.tokens)) if sample.finished else ""
         counts[answer] += sample.count
@@ -133,7 +133,7 @@ def distinct_answers(family: Family, samples: Iterable[tree.Sample]) -> tuple[di
     return {answer: spelling[answer].tokens for answer, _ in counts.most_common(MAX_ANSWERS)}, valid
 
 
-def _sampled(policy: Policy, samples: list[tree.Sample], num: int) -> Rollouts:
+def _sampled(policy: Policy, samples: list[growth.Sample], num: int) -> Rollouts:
     return Rollouts(
         tokens=tuple(sample.tokens for sample in samples),
         answers=tuple(canonical(policy.family.text(s.tokens)) if s.finished else "" for s in samples),

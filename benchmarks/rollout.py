@@ -28,7 +28,7 @@ import torch
 from PIL import Image
 
 from benchmarks.step import QUESTION, SLOT, FullLength, load, picture
-from servetune.adapters import tree
+from servetune.adapters import growth, search
 from servetune.adapters.policy import Policy
 from servetune.adapters.step import LearnerConfig
 from servetune.adapters.types import Query
@@ -71,9 +71,9 @@ def measure(policy: Policy, rounds: int) -> dict[str, Any]:
         }
         spent = by_turns(sides, rounds)
         found[f"ratio_generate_{name}"] = round(spent["peer"] / spent["ours"], 2)
-    growth = by_turns({str(n): lambda n=n: draw(policy, image, n, 5) for n in NUMBERS}, rounds)
-    found["growth"] = {name: round(value, 4) for name, value in growth.items()}
-    found["doubling_32_64"] = round(growth["64"] / growth["32"], 3)
+    curve = by_turns({str(n): lambda n=n: draw(policy, image, n, 5) for n in NUMBERS}, rounds)
+    found["growth"] = {name: round(value, 4) for name, value in curve.items()}
+    found["doubling_32_64"] = round(curve["64"] / curve["32"], 3)
     steps = by_turns({str(n): stepping(policy, image, n) for n in (32, 64)}, rounds)
     found["step_doubling_32_64"] = round(steps["64"] / steps["32"], 3)
     prompts = {policy.family.prompt([picture(size)], QUESTION).length: picture(size) for size in TILES}
@@ -85,7 +85,7 @@ def measure(policy: Policy, rounds: int) -> dict[str, Any]:
     }
     policy.family.end_tokens = ends
     labels = names(max(LABELS))
-    policy.search_labels(policy.begin(policy.observe(Query("warm", (image,), QUESTION))), labels)  # tokens known
+    recognise(policy, image, labels)  # so that their tokens are known
     counts = by_turns({str(n): lambda n=n: recognise(policy, image, labels[:n]) for n in LABELS}, rounds)
     found["labels"] = {name: round(value, 4) for name, value in counts.items()}
     found["labels_1000_vs_10"] = round(counts["1000"] / counts["10"], 2)
@@ -107,7 +107,7 @@ def by_turns(sides: dict[Any, Callable[[], object]], rounds: int) -> dict[Any, f
 def draw(policy: Policy, image: Image.Image, num: int, length: int) -> None:
     """Our rollouts of one new query, from its pixels."""
     prefix = policy.begin(policy.observe(Query("bench", (image,), QUESTION)))
-    tree.sample(policy.family, prefix, num, length)
+    growth.sample(policy.family, prefix, num, length)
 
 
 def generate(policy: Policy, image: Image.Image, num: int, length: int) -> None:
@@ -140,7 +140,7 @@ def stepping(policy: Policy, image: Image.Image, num: int) -> Callable[[], objec
 def recognise(policy: Policy, image: Image.Image, labels: list[str]) -> None:
     """A cold request among labels, as the server answers it."""
     prefix = policy.begin(policy.observe(Query("bench", (image,), QUESTION)))
-    policy.search_labels(prefix, labels).softmax(-1)
+    search.search(policy.family, prefix, [policy.family.tokens(label) for label in labels]).softmax(-1)
 
 
 def names(num: int) -> list[str]:

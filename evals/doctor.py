@@ -28,7 +28,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from transformers.utils import cached_file
 
-from servetune.adapters import tree
+from servetune.adapters import growth
 from servetune.adapters.family import Family, UnsupportedModel
 from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
@@ -268,7 +268,7 @@ def _time_answers(policy: Policy, settings: Settings) -> tuple[float, float, flo
         for probe in _probes(COLOR):
             began = time.perf_counter()
             prefix = policy.begin(policy.observe(probe))
-            tree.sample(family, prefix, 1, settings.max_answer_tokens, temperature=0.0)
+            growth.sample(family, prefix, 1, settings.max_answer_tokens, temperature=0.0)
             seconds.append(time.perf_counter() - began)
     layers = prefix.cache.layers
     token_mb = _megabytes(t for layer in layers for t in (layer.keys, layer.values)) / prefix.width

@@ -17,7 +17,7 @@ from statistics import fmean
 
 import torch
 
-from servetune.adapters import tree
+from servetune.adapters import growth
 from servetune.adapters.answers import canonical
 from servetune.adapters.calibration import tempered
 from servetune.adapters.policy import Observation, Policy
@@ -113,7 +113,7 @@ class Scorer:
         """The greedy answer to each."""
         family, prefixes = self._policy.family, self._policy.begin_each(seen)
         replies = []
-        drawn = tree.sample_each(prefixes, 1, self._max_tokens, temperature=0.0)
+        drawn = growth.sample_each(prefixes, 1, self._max_tokens, temperature=0.0)
         for item, (sample,) in zip(items, drawn, strict=True):
             answer = canonical(family.text(sample.tokens)) if sample.finished else ""
             right = bool(answer) and answer == canonical(item.truth or "")

@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from servetune.adapters import tree
+from servetune.adapters import growth, search, tree
 from servetune.adapters.answers import canonical
 from servetune.adapters.calibration import tempered
 from servetune.adapters.family import Prefix
 from servetune.adapters.features import ByteCache
+from servetune.adapters.growth import Sample, Stopped
 from servetune.adapters.policy import Observation, Policy
-from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
 
 MOST_TOGETHER = 32  # queries in one batch
@@ -163,7 +163,7 @@ class Answering:
         for rows, prefix in self._begin(jobs, seen):
             labels = [jobs[row].query.labels for row in rows]
             tokens = [[family.tokens(label) for label in own] for own in labels]
-            scored = tree.search_each(family, prefix, tokens)
+            scored = search.search_each(family, prefix, tokens)
             for place, (row, logprobs) in enumerate(zip(rows, scored, strict=True)):
                 job = jobs[row]
                 shares = (logprobs / job.version.temperature).softmax(-1)
@@ -199,7 +199,7 @@ class Answering:
 
         watch = _Watch(self, jobs, hand_out)
         limits = [job.sampling.max_tokens for job in jobs]
-        tree.sample_each(self._begin(jobs, seen), 1, limits, temperature=0.0, watch=watch)
+        growth.sample_each(self._begin(jobs, seen), 1, limits, temperature=0.0, watch=watch)
         for job in jobs:
             if not job.found.done():
                 job.found.set_exception(Stopped())
@@ -214,12 +214,12 @@ class Answering:
 
     def _say(self, prefix: Prefix, job: Job) -> Found:
         family, sampling = self._policy.family, job.sampling
-        chosen = tree.sample(
+        chosen = growth.sample(
             family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), job.stop
         )[0]
         others = []
         if sampling.top_k > 1:
-            others = tree.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, job.stop)
+            others = growth.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, job.stop)
         return self._spoken(chosen, others, job, prefix.width)
 
     def _spoken(self, chosen: Sample, others: Sequence[Sample], job: Job, input_tokens: int) -> Found:
@@ -242,7 +242,7 @@ class Answering:
 
     def _vote(self, prefix: Prefix, job: Job) -> Found:
         family, sampling = self._policy.family, job.sampling
-        samples = tree.sample(
+        samples = growth.sample(
             family,
             prefix,
             sampling.n,
@@ -286,7 +286,7 @@ class Answering:
             self._policy.use(slot)
 
 
-class _Watch(tree.Watch):
+class _Watch(growth.Watch):
     """Hands out what is finished, drops what nobody waits for, and lets others in."""
 
     def __init__(

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from servetune.adapters import tree
+from servetune.adapters import growth
 from servetune.adapters.calibration import tempered
 from servetune.adapters.family import Family, UnusableImage
+from servetune.adapters.growth import Sample, Stopped
 from servetune.adapters.looks import NUM_ROLLOUTS, Look, Looks
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore, Draft, UnknownVersion, version_name
-from servetune.adapters.tree import Sample, Stopped
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.views import safe_views
 from servetune.server.answering import LET_OTHERS_IN, Answering
@@ -137,7 +137,7 @@ async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
     said = {"Three dogs.": 3, "3 dogs": 4, "The cat": 5}
     encode = engine._policy.family.tokens
     drawn = [Sample(encode(text), -1.0, count, True) for text, count in said.items()]
-    monkeypatch.setattr(tree, "sample", lambda *_, **__: drawn)
+    monkeypatch.setattr(growth, "sample", lambda *_, **__: drawn)
     voted = await engine.answer(query(), Sampling(n=12, temperature=1.0), "live")
     assert voted.text == "3 dogs"
     assert voted.votes == {"3 dogs": pytest.approx(7 / 12), "The cat": pytest.approx(5 / 12)}
@@ -578,13 +578,13 @@ async def test_a_short_question_does_not_wait_for_a_long_answer(
     """What comes while an answer grows is answered in between."""
     monkeypatch.setattr(roomy._policy.family, "end_tokens", frozenset())
     grown = threading.Event()
-    drop = tree._Shoots.feed
+    drop = growth.Shoots.feed
 
-    def feed(self: tree._Shoots, branches: Any) -> Any:
+    def feed(self: growth.Shoots, branches: Any) -> Any:
         grown.set()
         return drop(self, branches)
 
-    monkeypatch.setattr(tree._Shoots, "feed", feed)
+    monkeypatch.setattr(growth.Shoots, "feed", feed)
     long = asyncio.create_task(roomy.answer(query(0), Sampling(max_tokens=600), "live"))
     assert await asyncio.to_thread(grown.wait, 20)
     short = await roomy.answer(query(1), Sampling(max_tokens=LET_OTHERS_IN // 2), "live")

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
-from servetune.adapters import tree
+from servetune.adapters import growth, search, tree
 from servetune.adapters.family import Family, Prompt, PromptTooLong, UnusableImage, image_tokens
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
@@ -45,7 +45,7 @@ def whole_logits(policy: Policy, prompt: Prompt, sequence: tuple[int, ...]) -> t
     if (kinds := inputs.get("mm_token_type_ids")) is not None:
         inputs["mm_token_type_ids"] = torch.cat([kinds, torch.zeros(1, len(sequence), dtype=kinds.dtype)], 1)
     logits = policy.family.model(**inputs).logits[0].float()
-    return tree._allowed(policy.family, logits)[prompt.length - 1 : -1]
+    return tree.allowed(policy.family, logits)[prompt.length - 1 : -1]
 
 
 def flat_gradient(policy: Policy) -> torch.Tensor:
@@ -116,9 +116,9 @@ def test_a_search_finds_the_shares_of_a_long_list(made: Policy, std: float) -> N
     with torch.no_grad():
         prefix = made.begin(made.observe(query()))
         exact = made.label_logprobs(prefix, labels)
-    found = made.search_labels(prefix, labels)
+    found = search.search(made.family, prefix, [made.family.tokens(label) for label in labels])
     assert len(found) == 300
-    torch.testing.assert_close(found.softmax(-1), exact.softmax(-1), atol=tree.EPSILON, rtol=0)
+    torch.testing.assert_close(found.softmax(-1), exact.softmax(-1), atol=search.EPSILON, rtol=0)
     assert int(found.argmax()) == int(exact.argmax())
     torch.testing.assert_close(found.max(), exact.max(), atol=1e-3, rtol=1e-3)
 
@@ -137,8 +137,8 @@ def test_a_search_does_not_feed_what_cannot_matter(made: Policy, monkeypatch: py
         prefix = made.begin(made.observe(query()))
         prefix.logits = torch.zeros_like(prefix.logits)
         prefix.logits[0, made.family.tokens(labels[40])[0]] = 100.0
-    found = made.search_labels(prefix, labels)
-    whole_trie = tree._Trie([made.family.tokens(label) for label in labels])
+    found = search.search(made.family, prefix, [made.family.tokens(label) for label in labels])
+    whole_trie = tree.Trie([made.family.tokens(label) for label in labels])
     assert sum(fed) < len(whole_trie.inner) / 4
     assert labels[int(found.argmax())].startswith(labels[40][0])
 
@@ -148,7 +148,7 @@ def test_greedy_answers_are_those_of_generate(made: Policy) -> None:
     made.use("candidate")
     observation = made.observe(query())
     with torch.no_grad():
-        ours = tree.sample(made.family, made.begin(observation), 1, 6, temperature=0.0)[0]
+        ours = growth.sample(made.family, made.begin(observation), 1, 6, temperature=0.0)[0]
         theirs = made.family.model.generate(
             **rendered(made, query()).inputs,
             max_new_tokens=6,
@@ -165,12 +165,12 @@ def test_answers_to_several_prompts_are_those_of_each(made: Policy) -> None:
     asked = [query(seed, question="is it red? " * (1 + seed % 3)) for seed in range(5)]
     seen = made.observe_each(asked)
     with torch.no_grad():
-        together = tree.sample_each(made.begin_each(seen), 1, 6, temperature=0.0)
+        together = growth.sample_each(made.begin_each(seen), 1, 6, temperature=0.0)
         for (ours,), one in zip(together, seen, strict=True):
-            alone = tree.sample(made.family, made.begin(one), 1, 6, temperature=0.0)[0]
+            alone = growth.sample(made.family, made.begin(one), 1, 6, temperature=0.0)[0]
             assert (ours.tokens, ours.finished) == (alone.tokens, alone.finished)
             assert ours.logprob == pytest.approx(alone.logprob, abs=1e-3)
-        drawn = tree.sample_each(made.begin_each(seen), 16, 6, generator=torch.Generator().manual_seed(0))
+        drawn = growth.sample_each(made.begin_each(seen), 16, 6, generator=torch.Generator().manual_seed(0))
         scored = made.score_each(seen, [[sample.tokens for sample in samples] for samples in drawn])
     for samples, logprobs in zip(drawn, scored, strict=True):
         assert sum(sample.count for sample in samples) == 16
@@ -189,7 +189,7 @@ def test_pictures_seen_together_are_those_seen_alone(made: Policy) -> None:
 def test_sampled_logprobs_are_the_scored_ones(made: Policy) -> None:
     with torch.no_grad():
         prefix = made.begin(made.observe(query()))
-        samples = tree.sample(made.family, prefix, 32, 6, generator=torch.Generator().manual_seed(0))
+        samples = growth.sample(made.family, prefix, 32, 6, generator=torch.Generator().manual_seed(0))
         scored, _ = tree.score(made.family, prefix, [sample.tokens for sample in samples])
     assert sum(sample.count for sample in samples) == 32
     torch.testing.assert_close(scored.sum(-1), torch.tensor([s.logprob for s in samples]), atol=1e-4, rtol=1e-4)
@@ -294,7 +294,7 @@ def test_attention_in_blocks_is_that_of_the_whole_tree(
     found = []
     for cost in (0, 10**9):
         monkeypatch.setattr(tree, "COPY_COST", cost)
-        grouped = tree._Trie(sequences).groups(1)
+        grouped = tree.Trie(sequences).groups(1)
         assert (grouped is None) == bool(cost)
         logprobs, mask = tree.score(made.family, made.begin(made.observe(query())), sequences)
         (logprobs * mask).sum().backward()
