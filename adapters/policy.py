@@ -218,6 +218,11 @@ class Policy:
         queries = [Query("warm", (Image.new("RGB", (64, 64), color),), "?") for color in ("white", "black")]
         self.begin_each(self.observe_each(queries))
 
+    @torch.no_grad()
+    def rehearse(self) -> None:
+        """What every answer begins with, and nothing of it cached: see an image, and forward a prompt."""
+        self.family.prefill(self._picture, self.family.see(self._picture))
+
     def keep(self, observation: Observation) -> Observation:
         """An observation fit to be kept: without features that an adapter changes."""
         return observation if self.spec.part == "language" else replace(observation, features={})
@@ -294,7 +299,14 @@ class Policy:
 
     @cached_property
     def _probe(self) -> Prompt:
-        ramp = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
+        return self._ramp(64)
+
+    @cached_property
+    def _picture(self) -> Prompt:
+        return self._ramp(448)
+
+    def _ramp(self, side: int) -> Prompt:
+        ramp = Image.linear_gradient("L").resize((side, side)).convert("RGB")
         return self.family.prompt([ramp], "What is this?")
 
 

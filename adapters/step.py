@@ -263,23 +263,25 @@ class Learner:
         return replace(lesson, vote=target, target=target, divergence=divergence)
 
     def _useful(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
-        """Lessons that may be learned from: no witnesses, and a vote that is not hopeless.
+        """Lessons that may take part in steps: no witnesses, and a vote that is not hopeless.
 
-        None of a question, or none at all, where the answers do not depend on the images: the same answer to every
-        image is learned most easily without looking at them. And none where the votes say what is answered anyway.
+        None where the answers do not depend on the images, or where the votes say what is answered anyway.
         """
         config = self.config
         if dependence is not None and dependence < config.min_information:
             return []
         if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
             return []
-        return [
-            each
-            for each in lessons
-            if not each.ballot.witness
-            and each.majority >= config.agreement[0]
-            and (each.dependence is None or each.dependence >= config.min_information)
-        ]
+        useful = [each for each in lessons if not each.ballot.witness and each.majority >= config.agreement[0]]
+        return useful if any(map(self._needs_a_look, useful)) else []
+
+    def _needs_a_look(self, lesson: Lesson) -> bool:
+        """Whether answers to its question depend on the images.
+
+        The same answer to every image is learned most easily without looking at them: such a question is rehearsed
+        instead, as the reference answers it, so that what others teach does not change it.
+        """
+        return lesson.dependence is None or lesson.dependence >= self.config.min_information
 
     def _open(self, useful: list[Lesson]) -> list[Lesson]:
         """Lessons with budget left for the round of votes that they are in."""
@@ -331,6 +333,8 @@ class Learner:
         """A lesson in one of its views, with the answers that are likely in the vote or in the reference."""
         view = self._view_to_learn(lesson.ballot)
         reference = lesson.ballot.scores[view]
+        if not self._needs_a_look(lesson):
+            lesson = replace(lesson, target=reference.exp(), shown=torch.zeros_like(lesson.shown))
         near = lesson.target + reference.exp()
         best = near.topk(min(MAX_TAUGHT, len(near))).indices.tolist()
         return _Exercise(lesson, lesson.ballot.observations[view], reference[best].log_softmax(-1), best)

@@ -24,7 +24,6 @@ import os
 import signal
 import statistics
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ import httpx2
 
 from benchmarks.load import SIDES, Load, closed_loop, open_loop, pictures
 from benchmarks.models import checkpoint
-from benchmarks.servers import Server, running
+from benchmarks.servers import Server, num_steps, processes, running
 from servetune.evals import streams
 
 CLIENTS = 8
@@ -55,7 +54,8 @@ def main() -> None:
 
 async def measure(server: Server, home: Path, options: argparse.Namespace) -> dict[str, Any]:
     images = pictures(SIDES["nano"])
-    os.kill(worker(server.pid), signal.SIGSTOP)
+    [worker] = processes(server.pid)["worker"]
+    os.kill(worker, signal.SIGSTOP)
     await fill(server, options.queries)
     await closed_loop(server, images, 2, 3.0)  # to warm up
     capacity = (await closed_loop(server, images, CLIENTS, options.seconds)).per_s
@@ -64,7 +64,7 @@ async def measure(server: Server, home: Path, options: argparse.Namespace) -> di
     for number in range(options.rounds):
         rates = {}
         for busy in (True, False) if number % 2 else (False, True):
-            os.kill(worker(server.pid), signal.SIGCONT if busy else signal.SIGSTOP)
+            os.kill(worker, signal.SIGCONT if busy else signal.SIGSTOP)
             before = await num_steps(server, home)
             one = await open_loop(server, images, SHARE * capacity, options.seconds, number)
             opened[busy].times += one.times
@@ -99,27 +99,6 @@ async def fill(server: Server, queries: int) -> None:
             reply = await http.post(server.url, files={"image": file.getvalue()}, data=form)
             if reply.json()["adaptation"]["status"] != "queued":
                 raise SystemExit(f"a query was not kept: {reply.json()['adaptation']}")
-
-
-async def num_steps(server: Server, home: Path) -> int:
-    key = (home / "admin.key").read_text().strip()
-    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as http:
-        reply = await http.get(server.url.replace("/answer", "/v1/adaptation"))
-        return int(reply.raise_for_status().json()["worker"]["steps"])
-
-
-def worker(server: int) -> int:
-    """The process of the worker that a server has started."""
-    return next(pid for pid in _children(server) if "servetune.server.main" in _command(pid))
-
-
-def _children(parent: int) -> Iterator[int]:
-    for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
-        yield from map(int, tasks.read_text().split())
-
-
-def _command(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import itertools
 import random
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,11 +27,12 @@ SIDES = {"nano": 96, "mid": 448}
 
 @dataclass(slots=True)
 class Load:
-    """Seconds that each answer took, how long the load lasted, and how often each other status came."""
+    """Seconds that each answer took, until when the last came, and how often and how fast another status came."""
 
     times: list[float] = field(default_factory=list)
     spent_s: float = 0.0
     refused: Counter[int] = field(default_factory=Counter)
+    refused_times: list[float] = field(default_factory=list)
 
     @property
     def per_s(self) -> float:
@@ -39,8 +40,7 @@ class Load:
 
     def quantile(self, share: float) -> float:
         """Seconds that this share of the answers took at most."""
-        ranked = sorted(self.times)
-        return ranked[min(len(ranked) - 1, int(len(ranked) * share))]
+        return quantile(self.times, share)
 
     def summary(self) -> dict[str, float]:
         """n, answers per second, p50 and p99 in seconds, and what was no answer."""
@@ -51,6 +51,12 @@ class Load:
             "p99_s": self.quantile(0.99),
             "failed": self.refused.total(),
         }
+
+
+def quantile(times: Sequence[float], share: float) -> float:
+    """The value that this share of some values is at most; 0 where there are none."""
+    ranked = sorted(times)
+    return ranked[min(len(ranked) - 1, int(len(ranked) * share))] if ranked else 0.0
 
 
 def pictures(side: int) -> Iterator[str]:
@@ -92,7 +98,7 @@ async def open_loop(server: Server, images: Iterator[str], per_s: float, seconds
             image = next(images)
             await asyncio.sleep(max(0.0, due - time.perf_counter()))
             asking.create_task(_ask(server, http, image, made, due))
-    made.spent_s = seconds
+    made.spent_s = max(seconds, time.perf_counter() - began)
     return made
 
 
@@ -109,7 +115,9 @@ async def _ask(
         status = (await http.post(server.url, json=body)).status_code
     except httpx2.HTTPError:
         status = 0
+    spent = time.perf_counter() - asked
     if status == 200:
-        made.times.append(time.perf_counter() - asked)
+        made.times.append(spent)
     else:
         made.refused[status] += 1
+        made.refused_times.append(spent)

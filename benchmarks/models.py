@@ -1,13 +1,15 @@
-"""Checkpoints for benchmarks, made on the spot: the embedded nano, and `mid`, 49 million random parameters.
+"""Checkpoints for benchmarks, made on the spot: the embedded nano, and two with random parameters.
 
-`mid` is an InternVL with a Qwen2 decoder: hidden size 512, 8 layers, 16 heads (8 for keys and values) and
-intermediate size 1536 in both towers, images of 448 pixels as 256 tokens a tile. What it says means nothing; what
-it costs does.
+They are InternVLs with a Qwen2 decoder; images of 448 pixels are 256 tokens a tile. `mid` has 49 million: hidden
+size 512, 8 layers, 16 heads (8 for keys and values) and intermediate size 1536 in both towers. `large` has 390
+million, 1.5 GB: the same vision tower and a decoder of 28 layers with hidden size 1024 and intermediate size 3072.
+What they say means nothing; what they cost does.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -17,6 +19,11 @@ from transformers import AutoModelForImageTextToText, InternVLConfig, PreTrained
 from servetune.nano import WEIGHTS
 
 VOCABULARY = 512
+LAYERS = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 16}
+DECODERS = {
+    "mid": LAYERS,
+    "large": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+}
 SPECIAL = {
     "start_image_token": "<img>",
     "end_image_token": "</img>",
@@ -35,32 +42,31 @@ LINE = "what is the answer in this image? a b c d yes no cat dog red green blue 
 
 
 def checkpoint(name: str, cache: Path = Path(".cache/models")) -> Path:
-    """The folder of `nano`, of `mid`, or of a checkpoint that is named by its own folder."""
+    """The folder of `nano`, of `mid` or `large`, or of a checkpoint that is named by its own folder."""
     if name == "nano":
         return WEIGHTS
-    if name != "mid":
+    if name not in DECODERS:
         return Path(name)
-    folder = cache / "mid"
+    folder = cache / name
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _make_mid(folder)
+        _make(folder, DECODERS[name])
         (folder / "done").touch()
     return folder
 
 
-def _make_mid(folder: Path) -> None:
+def _make(folder: Path, decoder: Mapping[str, int]) -> None:
     tok = _tokenizer()
-    size = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 16}
     config = InternVLConfig(
         text_config={
             "model_type": "qwen2",
             "vocab_size": VOCABULARY,
-            **size,
+            **decoder,
             "num_key_value_heads": 8,
             "max_position_embeddings": 8192,
             "tie_word_embeddings": False,
         },
-        vision_config={**size, "image_size": [448, 448], "patch_size": [14, 14]},
+        vision_config={**LAYERS, "image_size": [448, 448], "patch_size": [14, 14]},
         image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=256,
         downsample_ratio=0.5,

@@ -17,6 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx2
+
 from benchmarks import envs
 
 PATIENCE_S = 300.0
@@ -98,6 +100,33 @@ def running(
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, 9)
                 process.wait()
+
+
+async def num_steps(server: Server, home: Path) -> int:
+    """How many steps the worker of one of our servers has made."""
+    key = (home / "admin.key").read_text().strip()
+    async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as http:
+        reply = await http.get(server.url.replace("/answer", "/v1/adaptation"))
+        return int(reply.raise_for_status().json()["worker"]["steps"])
+
+
+def processes(server: int) -> dict[str, list[int]]:
+    """The processes of one of our servers: `server`, its `worker` and its `helpers`."""
+    found: dict[str, list[int]] = {"server": [server], "worker": [], "helpers": []}
+    for pid in _descendants(server):
+        found["worker" if "servetune.server.main" in _command(pid) else "helpers"].append(pid)
+    return found
+
+
+def _descendants(parent: int) -> Iterator[int]:
+    for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in map(int, tasks.read_text().split()):
+            yield pid
+            yield from _descendants(pid)
+
+
+def _command(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
 
 
 def _script(name: str) -> str:

@@ -32,6 +32,8 @@ from servetune.server.settings import Settings
 T = TypeVar("T")
 SLOTS = ("slot0", "slot1", "slot2")
 PROBE_TOLERANCE = 1e-2
+PAYS = 1.25  # how much faster twice as many threads must be
+TRIALS = 3  # of each number of threads; the fastest counts
 
 log = structlog.get_logger()
 
@@ -77,6 +79,7 @@ class Engine:
         self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
+        self.threads = settings.serve_threads
         self._policy = policy
         self._settings = settings
         # The number of threads is a property of each thread that calls torch.
@@ -97,8 +100,13 @@ class Engine:
     async def start(self) -> None:
         """Load the live version and begin to follow the alias."""
         await self.refresh()
-        await self._run(self._policy.warm)
+        await self._run(self._warm)
         self._watcher = asyncio.create_task(self._watch())
+
+    def _warm(self) -> None:
+        self._policy.warm()
+        self.threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
+        log.info("threads_chosen", threads=self.threads, at_most=self._settings.serve_threads)
 
     async def stop(self) -> None:
         """End the generation under way and refuse further ones."""
@@ -318,6 +326,33 @@ class Engine:
     async def _run(self, job: Callable[[], T]) -> T:
         future: Future[T] = self._thread.submit(job)
         return await asyncio.wrap_future(future)
+
+
+def fewest_threads(work: Callable[[], object], most: int) -> int:
+    """Let the calling thread use the fewest threads for tensors that twice as many hardly outrun; how many.
+
+    A small model is no faster with more threads than its matrices are worth, and waits for each of them wherever
+    another process wants a processor too.
+    """
+    chosen, fastest_s = 1, _fastest_s(work, 1)
+    while chosen < most:
+        more = min(2 * chosen, most)
+        spent_s = _fastest_s(work, more)
+        if spent_s * PAYS > fastest_s:
+            break
+        chosen, fastest_s = more, spent_s
+    torch.set_num_threads(chosen)
+    return chosen
+
+
+def _fastest_s(work: Callable[[], object], threads: int) -> float:
+    torch.set_num_threads(threads)
+    spent_s = []
+    for _ in range(TRIALS):
+        began = time.perf_counter()
+        work()
+        spent_s.append(time.perf_counter() - began)
+    return min(spent_s)
 
 
 def _pooled(found: Found, looks: Looks, sampling: Sampling) -> Found:

@@ -56,7 +56,11 @@ class Settings(BaseSettings):
     share_weights: bool = Field(
         True, description="server and worker map one copy of the base weights, a file under the home (CPU)"
     )
-    serve_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
+    serve_threads: int = Field(
+        default_factory=lambda: _default_threads(0.5),
+        ge=1,
+        description="threads of the model at most; how many of them pay is tried at the start",
+    )
     recognition_question: str | None = Field(None, description="default question of recognition requests")
     swap_poll_s: float = Field(0.25, gt=0)
 

@@ -22,7 +22,7 @@ from servetune.adapters.store import AdapterStore, Draft, UnknownVersion, versio
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.views import safe_views
 from servetune.server.answering import LET_OTHERS_IN, Answering
-from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull
+from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull, fewest_threads
 from servetune.server.model import _dtype
 from servetune.server.settings import Settings
 from tests.conftest import query
@@ -617,3 +617,13 @@ async def test_who_waits_when_the_engine_stops_is_told(roomy: Engine) -> None:
     await stopping
     with pytest.raises((asyncio.CancelledError, Stopped)):
         await waiting
+
+
+def test_more_threads_are_used_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds by number of threads: doubling pays once, then hardly."""
+    took_s = {1: 1.0, 2: 0.6, 4: 0.55, 8: 0.1}
+    chosen = {"threads": 0}
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: chosen.update(threads=number))
+    monkeypatch.setattr("servetune.server.engine._fastest_s", lambda work, threads: took_s[threads])
+    assert [fewest_threads(lambda: None, most) for most in (1, 2, 4, 8)] == [1, 2, 2, 2]
+    assert chosen == {"threads": 2}

@@ -1,0 +1,134 @@
+"""What a worker beside the server, and what adapters, cost in memory.
+
+    python -m benchmarks.memory [--model large] [--steps 4] [--adapters 1 50 100 200]
+
+A random model of 1.5 GB (`large`) is served twice, alone and with its worker beside it, which makes real steps on
+what the server was asked. Memory is PSS: pages that several processes map are divided among them. Then `mid` is
+served from a store with a growing number of versions, each of which is asked once.
+
+Last line of stdout: JSON. `pss_ratio` is server and worker over the server alone, with all their processes;
+`libraries_mb` is what a process costs that has imported everything and loaded nothing. `kb_per_adapter` is by how
+much the server grows per registered version, by least squares over all but the first number, when all slots are
+in use; `disk_kb_per_adapter` is what a version takes in the store.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx2
+
+from benchmarks.load import pictures
+from benchmarks.models import checkpoint
+from benchmarks.servers import Server, num_steps, processes, running
+from benchmarks.swap import publish
+from servetune.adapters.store import AdapterStore
+from servetune.server.engine import SLOTS
+from servetune.server.model import load_policy, open_store
+from servetune.server.settings import Settings
+
+LABELS = ["cat", "dog", "red", "green", "blue", "yes", "no", "0", "1", "2"]
+QUERIES = 32
+PATIENCE_S = 600.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="large")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--adapters", nargs="+", type=int, default=[1, 50, 100, 200])
+    options = parser.parse_args()
+    pss = {}
+    for worker in (False, True):
+        with tempfile.TemporaryDirectory() as home:
+            pss[worker] = asyncio.run(beside(options.model, Path(home), worker, options.steps))
+            print(f"{'with' if worker else 'without'} a worker: {json.dumps(pss[worker])}", flush=True)
+    found = {
+        "pss_ratio": round(sum(pss[True].values()) / sum(pss[False].values()), 3),
+        "libraries_mb": libraries(),
+        "alone_mb": pss[False],
+        "beside_mb": pss[True],
+    }
+    with tempfile.TemporaryDirectory() as home:
+        found |= asyncio.run(adapters(options.adapters, Path(home)))
+    print(json.dumps(found))
+
+
+async def beside(model: str, home: Path, worker: bool, steps: int) -> dict[str, float]:
+    """MB of PSS by kind of process, once the server has answered and the worker has learned."""
+    chosen = {"worker": worker, "worker_threads": 1, "queue_wait_s": 600, "request_timeout_s": 600}
+    with running("ours", checkpoint(model), 1, home, **chosen) as server:
+        await ask(server, QUERIES, adapt=worker)
+        deadline = time.monotonic() + PATIENCE_S
+        while worker and await num_steps(server, home) < steps:
+            if time.monotonic() > deadline:
+                raise SystemExit(f"the worker did not make {steps} steps in {PATIENCE_S:g} s")
+            await asyncio.sleep(1)
+        return {kind: round(sum(map(pss_kb, pids)) / 1024, 1) for kind, pids in processes(server.pid).items()}
+
+
+async def ask(server: Server, queries: int, adapt: bool, adapter: str = "live", side: int = 448) -> float:
+    """Recognition queries about unseen images, one after the other; seconds of the slowest."""
+    times = []
+    async with httpx2.AsyncClient(timeout=600) as http:
+        for image in (image for _, image in zip(range(queries), pictures(side), strict=False)):
+            body = {"image": image, "candidate_labels": LABELS, "adapt": adapt, "adapter": adapter}
+            began = time.perf_counter()
+            (await http.post(server.url, json=body)).raise_for_status()
+            times.append(time.perf_counter() - began)
+    return max(times)
+
+
+async def adapters(numbers: list[int], home: Path) -> dict[str, Any]:
+    """What registered versions cost a server, from the fewest to the most of them."""
+    folder = str(checkpoint("mid"))
+    settings = Settings(home=home, model=folder)
+    policy = load_policy(settings, SLOTS, 1)
+    store = open_store(settings, policy)
+    sizes, first = [], []
+    with running("ours", checkpoint("mid"), 1, home) as server:
+        for before, number in zip([0, *numbers], numbers, strict=False):
+            for seed in range(before, number):
+                version = publish(policy, store, seed)
+                first.append(await ask(server, 1, False, f"v{version:04d}"))
+            sizes.append(sum(map(pss_kb, (pid for pids in processes(server.pid).values() for pid in pids))))
+            print(f"{number} versions: {sizes[-1] / 1024:.1f} MB", flush=True)
+    slope = statistics.linear_regression(numbers[1:], sizes[1:]).slope if len(numbers) > 2 else None
+    return {
+        "kb_per_adapter": None if slope is None else round(slope, 1),
+        "disk_kb_per_adapter": round(_disk_kb(store) / (len(store.versions()) or 1), 1),
+        "first_answer_p50_s": round(statistics.median(first), 3),
+    }
+
+
+def libraries() -> float:
+    """MB of PSS of a process that has imported what a server needs, and loaded no model."""
+    code = "import servetune.server.app, servetune.server.model, sys; print(flush=True); sys.stdin.read()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        process.stdout.readline()
+        size = pss_kb(process.pid)
+        process.communicate()
+    return round(size / 1024, 1)
+
+
+def pss_kb(pid: int) -> int:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
+
+def _disk_kb(store: AdapterStore) -> float:
+    return sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file()) / 1024
+
+
+if __name__ == "__main__":
+    main()
