@@ -1,12 +1,14 @@
-"""One copy of a model's weights for all processes of a machine: they live in a file that each of them maps."""
+"""Little memory for several processes: one file with the weights that all map, and what is freed given back."""
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
 import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -91,3 +93,12 @@ def _write(path: Path, weights: Mapping[str, Tensor]) -> None:
     for other in path.parent.glob("*.weights"):
         if other != path:
             other.unlink(missing_ok=True)  # who has mapped it keeps it
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc).
+
+    It keeps what a step needed at its largest for the next one, which may be hours away.
+    """
+    with suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -90,6 +91,9 @@ def running(
             url, ready, ask = f"{root}/v1/chat/completions", f"{root}/health", _chat
         with log.open("w") as file:
             process = subprocess.Popen(command, stdout=file, stderr=file, env=env, start_new_session=True)
+        signal.signal(
+            signal.SIGTERM, lambda *_: sys.exit(143)
+        )  # a benchmark that is ended leaves no server behind
         try:
             _wait(ready, process, log)
             yield Server(name, url, process.pid, ask)
@@ -102,12 +106,17 @@ def running(
                 process.wait()
 
 
-async def num_steps(server: Server, home: Path) -> int:
-    """How many steps the worker of one of our servers has made."""
+async def adaptation(server: Server, home: Path) -> Any:
+    """What one of our servers says about its learning."""
     key = (home / "admin.key").read_text().strip()
     async with httpx2.AsyncClient(headers={"Authorization": f"Bearer {key}"}) as http:
         reply = await http.get(server.url.replace("/answer", "/v1/adaptation"))
-        return int(reply.raise_for_status().json()["worker"]["steps"])
+        return reply.raise_for_status().json()
+
+
+async def num_steps(server: Server, home: Path) -> int:
+    """How many steps the worker of one of our servers has made."""
+    return int((await adaptation(server, home))["worker"]["steps"])
 
 
 def processes(server: int) -> dict[str, list[int]]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
+from servetune.adapters.sharing import release_memory
 from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
 from servetune.adapters.types import BASE, Query, Sampling
 from servetune.server.answering import Answering, Found, Job, Resident, entropy
@@ -107,6 +108,7 @@ class Engine:
         self._policy.warm()
         self.threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
         log.info("threads_chosen", threads=self.threads, at_most=self._settings.serve_threads)
+        release_memory()  # what loading took
 
     async def stop(self) -> None:
         """End the generation under way and refuse further ones."""

@@ -20,6 +20,7 @@ import structlog
 from servetune.adapters.gate import Gate
 from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
+from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore, AliasMoved, CorruptVersion, Draft, StoreError, version_name
 from servetune.adapters.types import BASE, StepMetrics, Verdict
@@ -96,6 +97,7 @@ class Worker:
         if self._adrift or self._store.live() != self._live:
             self._give_back()
         batch = self._gather()
+        busy = bool(batch) or self.learner.unfinished
         if batch:
             self._report("learning")
             # What came back from a failed delivery runs alone, so that poison takes nobody with it.
@@ -114,6 +116,8 @@ class Worker:
             self._held = []
         if moved and (enough or not self.learner.unfinished):
             self._conclude()
+        if busy and not self.learner.unfinished:
+            release_memory()
         self._report("idle")
 
     def finish(self) -> None:

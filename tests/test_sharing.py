@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -120,3 +121,21 @@ def test_two_processes_have_the_pages_once(tmp_path: Path) -> None:
         assert sizes["Pss"] == sizes["Rss"] // 2
     for child in children:
         child.communicate("\n")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc's allocator")
+def test_what_is_freed_goes_back_to_the_system() -> None:
+    """Many blocks below a kept one: the allocator holds them until it is told."""
+    code = """
+from pathlib import Path
+from servetune.adapters.sharing import release_memory
+pages = lambda: int(Path("/proc/self/statm").read_text().split()[1])
+blocks = [bytearray(60_000) for _ in range(2000)]
+top = bytearray(60_000)
+del blocks
+held = pages()
+release_memory()
+print(held - pages())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * os.sysconf("SC_PAGE_SIZE") > 60_000_000
