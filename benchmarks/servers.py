@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import httpx2
@@ -27,11 +28,12 @@ PATIENCE_S = 300.0
 
 @dataclass(frozen=True, slots=True)
 class Server:
-    """A running server: where it answers, and how it is asked one question with at most so many tokens."""
+    """A running server: where it answers, what it writes, and how it is asked with at most so many tokens."""
 
     name: str
     url: str
     pid: int
+    log: Path
     ask: Callable[[str, str, int], Mapping[str, Any]]  # data URI, question, tokens -> JSON body
 
 
@@ -51,11 +53,17 @@ def _chat(image: str, question: str, tokens: int, model: str = "model") -> dict[
 
 @contextmanager
 def running(
-    name: str, checkpoint: Path, threads: int, home: Path | None = None, **settings: object
+    name: str,
+    checkpoint: Path,
+    threads: int,
+    home: Path | None = None,
+    environment: Mapping[str, str] = MappingProxyType({}),
+    **settings: object,
 ) -> Iterator[Server]:
     """Start `ours`, `plain`, `transformers` or `vllm` on a free port, and end it afterwards.
 
     Args:
+        environment: variables of the process.
         home, settings: of our own server, which has no worker unless they say so.
     """
     with socket.socket() as probe:
@@ -64,7 +72,7 @@ def running(
     root = f"http://127.0.0.1:{port}"
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "log")
-        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", **environment}
         if name == "ours":
             command = [_script("servetune"), "serve", str(checkpoint), "--port", str(port)]
             chosen = {"home": home or folder, "serve_threads": threads, "worker": False} | settings
@@ -96,7 +104,7 @@ def running(
         )  # a benchmark that is ended leaves no server behind
         try:
             _wait(ready, process, log)
-            yield Server(name, url, process.pid, ask)
+            yield Server(name, url, process.pid, log, ask)
         finally:
             process.terminate()
             try:
