@@ -110,7 +110,7 @@ class Engine:
         self.threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
         log.info("threads_chosen", threads=self.threads, at_most=self._settings.serve_threads)
         release_memory()  # what loading took
-        gc.freeze()  # a full collection went through all of the libraries' objects: 0.2 s in which nothing else ran
+        gc.freeze()  # or a full collection goes through all of the libraries' objects: 0.2 s of nothing else
 
     async def stop(self) -> None:
         """End the generation under way and refuse further ones."""
