@@ -2,9 +2,9 @@
 
     python -m benchmarks.loop [--rounds 8] [--clients 12]
 
-nano is served in asyncio's debug mode, which writes down every callback that holds the loop for over 100 ms. In each
-round the clients ask at once: a third send a PNG of 1,500 x 1,500 pixels (6.8 MB) as a form, a third the same in
-JSON, a third 900 labels.
+nano is served in asyncio's debug mode, which writes down every callback that holds the loop for over 100 ms. In
+each round the clients ask at once: a third send a PNG of 1,500 x 1,500 pixels (6.8 MB) as a form, a third the same
+in JSON, a third 900 labels.
 
 Last line of stdout: JSON. `blocks_over_100ms` counts the callbacks while requests were served, `longest_ms` is the
 longest of them; `failed` counts questions without an answer.
