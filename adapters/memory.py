@@ -21,7 +21,6 @@ MEASURED_FEW = 512  # among few answers: on the last so many queries, each view 
 MIN_MEASURED = 8
 FEW = 16  # answers; more of them are a label set that one image tells little about
 PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
-SHARPNESS = {True: 40.0, False: 80.0}  # of the views' weights in the vote, among few answers and among many
 DOUBT = 2.0  # weight of a view's mean entropy among few answers
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
 KEPT = 0.2  # of an open question's target at most is for answers that its stream does not show
@@ -69,6 +68,7 @@ class Lesson:
     shown: Tensor  # (M,) bool: whether the stream shows the answer; else its target is the reference's probability
     divergence: float  # KL(target || reference on the image as it was sent), nats
     dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
+    rehearsed: bool = False  # its stream shows one answer, so it teaches nothing; it is to be answered as before
 
     @property
     def majority(self) -> float:
@@ -134,9 +134,9 @@ class Memory:
         wordings = _wordings(questions)
         dependences, shown = _dependences(questions, wordings), _shown(questions, wordings)
         for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
-            if answers is not None and len(answers) == 1:
-                dependence = 0.0  # it can be answered without looking
             lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
+            if answers is not None and len(answers) == 1:  # it can be answered without looking
+                lessons = [replace(lesson, dependence=0.0, rehearsed=True) for lesson in lessons]
             found |= {lesson.ballot.query.id: lesson for lesson in lessons}
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])
 
@@ -156,10 +156,9 @@ class Memory:
 
     def _pooled(self, ballots: Sequence[Ballot], later_rounds: bool = True) -> Tensor:
         """(N, L) normalised votes on one question: mean log-probability over views, weighted by their worth."""
-        few = has_few_answers(ballots[0].query)
-        worth = self.worth()[few]
+        worth = self.worth()[has_few_answers(ballots[0].query)]
         votes = [ballot.votes if later_rounds else ballot.scores for ballot in ballots]
-        weights = {views: torch.tensor(_weights(views, worth, SHARPNESS[few])) for views in map(tuple, votes)}
+        weights = {views: torch.tensor(_weights(views, worth)) for views in map(tuple, votes)}
         rows = [weights[tuple(each)] @ torch.stack(list(each.values())) for each in votes]
         return _table(ballots, _columns(ballots), rows).log_softmax(-1)
 
@@ -377,9 +376,9 @@ def _by_question(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
     return list(kinds.values())
 
 
-def _weights(views: Sequence[str], worth: Mapping[str, float], sharpness: float) -> list[float]:
+def _weights(views: Sequence[str], worth: Mapping[str, float]) -> list[float]:
     """Of each view in the vote; one that is not yet known is worth what the least is."""
     if not worth:
         return [1 / len(views)] * len(views)
     least = min(worth.values())
-    return list(consensus.view_weights({view: worth.get(view, least) for view in views}, sharpness).values())
+    return list(consensus.view_weights({view: worth.get(view, least) for view in views}).values())

@@ -265,23 +265,22 @@ class Learner:
     def _useful(self, lessons: list[Lesson], dependence: float | None) -> list[Lesson]:
         """Lessons that may take part in steps: no witnesses, and a vote that is not hopeless.
 
-        None where the answers do not depend on the images, or where the votes say what is answered anyway.
+        None of a question, or none at all, where the answers do not depend on the images: the same answer to every
+        image is learned most easily without looking at them. And none where the votes say what is answered anyway.
         """
         config = self.config
         if dependence is not None and dependence < config.min_information:
             return []
         if not lessons or fmean(lesson.divergence for lesson in lessons) < FINISHED:
             return []
-        useful = [each for each in lessons if not each.ballot.witness and each.majority >= config.agreement[0]]
-        return useful if any(map(self._needs_a_look, useful)) else []
-
-    def _needs_a_look(self, lesson: Lesson) -> bool:
-        """Whether answers to its question depend on the images.
-
-        The same answer to every image is learned most easily without looking at them: such a question is rehearsed
-        instead, as the reference answers it, so that what others teach does not change it.
-        """
-        return lesson.dependence is None or lesson.dependence >= self.config.min_information
+        useful = [
+            each
+            for each in lessons
+            if not each.ballot.witness
+            and each.majority >= config.agreement[0]
+            and (each.rehearsed or each.dependence is None or each.dependence >= config.min_information)
+        ]
+        return [] if all(each.rehearsed for each in useful) else useful
 
     def _open(self, useful: list[Lesson]) -> list[Lesson]:
         """Lessons with budget left for the round of votes that they are in."""
@@ -333,7 +332,7 @@ class Learner:
         """A lesson in one of its views, with the answers that are likely in the vote or in the reference."""
         view = self._view_to_learn(lesson.ballot)
         reference = lesson.ballot.scores[view]
-        if not self._needs_a_look(lesson):
+        if lesson.rehearsed:
             lesson = replace(lesson, target=reference.exp(), shown=torch.zeros_like(lesson.shown))
         near = lesson.target + reference.exp()
         best = near.topk(min(MAX_TAUGHT, len(near))).indices.tolist()

@@ -297,7 +297,7 @@ def test_this_family_is_packed(policy: Policy) -> None:
 
 
 def test_learning_moves_towards_the_vote(policy: Policy) -> None:
-    learner = Learner(policy, replace(CONFIG, update_budget=12, min_information=0.05))  # its weights are random
+    learner = Learner(policy, replace(CONFIG, update_budget=12))
     asked = [query(seed, LABELS) for seed in range(12)]
     before = learner.policy.weights("candidate")
     metrics, taught = learner.step(asked)
