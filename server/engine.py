@@ -34,8 +34,8 @@ from servetune.server.settings import Settings
 T = TypeVar("T")
 SLOTS = ("slot0", "slot1", "slot2")
 PROBE_TOLERANCE = 1e-2
-PAYS = 1.25  # how much faster twice as many threads must be
-TRIALS = 3  # of each number of threads; the fastest counts
+PAYS = 1.25  # how much slower half as many threads must be for the others to pay
+TRIALS, LONG_S = 3, 2.0  # of each number of threads, or seconds; the fastest counts
 
 log = structlog.get_logger()
 
@@ -333,26 +333,25 @@ class Engine:
 
 
 def fewest_threads(work: Callable[[], object], most: int) -> int:
-    """Let the calling thread use the fewest threads for tensors that twice as many hardly outrun; how many.
+    """Let the calling thread use half as many threads for tensors as long as that hardly costs; how many are left.
 
     A small model is no faster with more threads than its matrices are worth, and waits for each of them wherever
     another process wants a processor too.
     """
-    chosen, fastest_s = 1, _fastest_s(work, 1)
-    while chosen < most:
-        more = min(2 * chosen, most)
-        spent_s = _fastest_s(work, more)
-        if spent_s * PAYS > fastest_s:
+    chosen, best_s = most, _fastest_s(work, most)
+    while chosen > 1:  # downwards: a large model is not to be tried with one thread
+        spent_s = _fastest_s(work, chosen // 2)
+        if spent_s > PAYS * best_s:
             break
-        chosen, fastest_s = more, spent_s
+        chosen, best_s = chosen // 2, min(best_s, spent_s)
     torch.set_num_threads(chosen)
     return chosen
 
 
 def _fastest_s(work: Callable[[], object], threads: int) -> float:
     torch.set_num_threads(threads)
-    spent_s = []
-    for _ in range(TRIALS):
+    spent_s: list[float] = []
+    while len(spent_s) < TRIALS and sum(spent_s) < LONG_S:
         began = time.perf_counter()
         work()
         spent_s.append(time.perf_counter() - began)

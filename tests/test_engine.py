@@ -620,10 +620,19 @@ async def test_who_waits_when_the_engine_stops_is_told(roomy: Engine) -> None:
 
 
 def test_more_threads_are_used_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seconds by number of threads: doubling pays once, then hardly."""
-    took_s = {1: 1.0, 2: 0.6, 4: 0.55, 8: 0.1}
+    """Seconds by number of threads: two are worth it, four and eight hardly are."""
+    took_s = {1: 1.0, 2: 0.6, 4: 0.55, 8: 0.5, 16: 0.2}
     chosen = {"threads": 0}
+    tried = []
+
+    def fastest_s(work: object, threads: int) -> float:
+        tried.append(threads)
+        return took_s[threads]
+
     monkeypatch.setattr(torch, "set_num_threads", lambda number: chosen.update(threads=number))
-    monkeypatch.setattr("servetune.server.engine._fastest_s", lambda work, threads: took_s[threads])
+    monkeypatch.setattr("servetune.server.engine._fastest_s", fastest_s)
     assert [fewest_threads(lambda: None, most) for most in (1, 2, 4, 8)] == [1, 2, 2, 2]
     assert chosen == {"threads": 2}
+    tried.clear()
+    assert fewest_threads(lambda: None, 16) == 16
+    assert tried == [16, 8], "fewer are not even tried"
