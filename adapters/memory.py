@@ -168,12 +168,13 @@ _Question = tuple[list[Ballot], Tensor]
 
 
 def _shown(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> list[set[str] | None]:
-    """The answers of each open question that its stream shows; None where it was asked too seldom to tell.
+    """The answers of each open question that its stream shows; None where it was asked too seldom, and of labels.
 
     Over all its wordings, they win at least SHOWN times as many votes as the commonest answer.
     """
     grouped = {number for numbers in wordings for number in numbers}
-    groups = [*wordings, *([number] for number in range(len(questions)) if number not in grouped)]
+    alone = [n for n, (ballots, _) in enumerate(questions) if n not in grouped and not ballots[0].query.labels]
+    groups = [*wordings, *([number] for number in alone)]
     found: list[set[str] | None] = [None] * len(questions)
     for numbers in groups:
         wins: Counter[str] = Counter()

@@ -54,12 +54,9 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as home:
             sizes[worker] = asyncio.run(beside(options.model, Path(home), worker))
             print(f"{'with' if worker else 'without'} a worker: {json.dumps(sizes[worker])}", flush=True)
-    total = {
-        worker: {when: sum(kinds.values()) for when, kinds in found.items()} for worker, found in sizes.items()
-    }
-    found = {
-        "pss_ratio": round(total[True]["rest"] / total[False]["rest"], 3),
-        "pss_ratio_at_most": round(total[True]["most"] / total[False]["most"], 3),
+    found: dict[str, Any] = {
+        "pss_ratio": ratio(sizes, "rest"),
+        "pss_ratio_at_most": ratio(sizes, "most"),
         "libraries_mb": libraries(),
         "alone_mb": sizes[False],
         "beside_mb": sizes[True],

@@ -81,7 +81,6 @@ class Engine:
         self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
-        self.threads = settings.serve_threads
         self._policy = policy
         self._settings = settings
         # The number of threads is a property of each thread that calls torch.
@@ -107,8 +106,8 @@ class Engine:
 
     def _warm(self) -> None:
         self._policy.warm()
-        self.threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
-        log.info("threads_chosen", threads=self.threads, at_most=self._settings.serve_threads)
+        threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
+        log.info("threads_chosen", threads=threads, at_most=self._settings.serve_threads)
         release_memory()  # what loading took
         gc.freeze()  # or a full collection goes through all of the libraries' objects: 0.2 s of nothing else
 

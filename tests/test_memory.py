@@ -122,8 +122,10 @@ def test_a_question_with_one_answer_to_all_images_is_rehearsed(policy: Policy) -
         row[number % 8 if number % 2 else 0] = 0.65
         made = ballot(number, {SAME: row}, spread(number))
         question = "what shape?" if number % 2 else "what colour?"
-        asked, seen = replace(made.query, question=question), {SAME: policy.observe(query(number, LABELS))}
-        learner.memory.add(replace(made, query=asked, observations=seen))
+        answers = tuple(f"{question} {label}" for label in LABELS)  # or they are wordings of one question
+        asked = replace(made.query, question=question, labels=())
+        seen = {SAME: policy.observe(query(number))}
+        learner.memory.add(replace(made, query=asked, answers=answers, observations=seen))
     lessons, dependence = learner.memory.lessons(), learner.memory.dependence()
     assert dependence is not None
     assert dependence > 0.1
@@ -136,6 +138,19 @@ def test_a_question_with_one_answer_to_all_images_is_rehearsed(policy: Policy) -
         assert bool(exercised.shown.any()) != kept, "how common its answers are has no part in it"
     alone = [each for each in lessons if each.ballot.query.question == "what colour?"]
     assert learner._useful(alone, dependence) == [], "where nothing teaches there is nothing to rehearse for"
+
+
+def test_a_label_that_is_far_more_common_than_the_others_stops_nothing() -> None:
+    """Half of the queries are one client's, all of one thing: the others are still learned from."""
+    memory = Memory()
+    for number in range(32):
+        row = [0.05] * 8
+        row[number % 7 + 1 if number % 2 else 0] = 0.65
+        memory.add(ballot(number, {SAME: row}, spread(number)))
+        memory.add(ballot(100 + number, {SAME: [0.65] + [0.05] * 7}, spread(100 + number)))
+    lessons = memory.lessons()
+    assert not any(lesson.rehearsed for lesson in lessons)
+    assert all(lesson.dependence == pytest.approx(memory.dependence()) for lesson in lessons)
 
 
 def test_wordings_of_one_question_are_judged_together() -> None:
