@@ -10,8 +10,9 @@ import copy
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ from servetune.adapters import attention
 
 DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
 TOKEN_CACHE = 65_536  # answers
+Slots = tuple[str | None, ...]
+"""Names of adapters, one for each row of a pass; None is the base."""
 MAX_SEEN = 4_000_000  # pixel values in one pass of the vision tower
 
 
@@ -76,6 +79,7 @@ class Prefix:
     logits: Tensor  # (B, V) after the last token of each prompt, float32
     lengths: tuple[int, ...]
     positions: tuple[int, ...]
+    slots: Slots | None = None  # the adapters that further tokens of each row are fed with; None: the active one
 
     @property
     def width(self) -> int:
@@ -105,7 +109,7 @@ class Prefix:
         cache = self.fork()
         for number, layer in enumerate(cache.layers):
             layer.keys, layer.values = tensors[2 * number + 1], tensors[2 * number + 2]
-        return Prefix(cache, tensors[0], self.lengths, self.positions)
+        return replace(self, cache=cache, logits=tensors[0])
 
     def seen(self) -> Tensor:
         """(B, width) True on the tokens of each prompt."""
@@ -154,6 +158,8 @@ class Family:
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
         self.recognition_question = recognition_question
         self.source = source
+        # What wraps the model in adapters sets how a pass is made with some of them.
+        self.using: Callable[[Slots | None], AbstractContextManager[None]] = lambda slots: nullcontext()
         self.end_tokens = frozenset(_end_tokens(self.model, self.tokenizer))
         self.forbidden = torch.tensor(sorted(_placeholder_tokens(self.model.config)), dtype=torch.long)
         self._tokens = lru_cache(TOKEN_CACHE)(self._encode)  # the same labels come with every request
@@ -290,24 +296,28 @@ class Family:
         """A prompt that can still be prefilled with its features, at a fraction of the memory."""
         return Prompt({name: value for name, value in prompt.inputs.items() if name not in _PIXELS})
 
-    def prefill(self, prompt: Prompt, features: dict[str, Any]) -> Prefix:
+    def prefill(self, prompt: Prompt, features: dict[str, Any], slots: Slots | None = None) -> Prefix:
         """One forward pass over the prompt; differentiable in the adapter's weights."""
         cache = DynamicCache(config=self.model.config.get_text_config())
         inputs = self.without_pixels(prompt).inputs
         # The model writes into the dict that it is given.
-        output = self.model(
-            **inputs,
-            mm_encoder_outputs=dict(features),
-            cache=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+        with self.using(slots):
+            output = self.model(
+                **inputs,
+                mm_encoder_outputs=dict(features),
+                cache=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
         shift = getattr(self.model.base_model, "rope_deltas", None)
         position = prompt.length + (0 if shift is None else int(shift.reshape(-1)[0]))
         return Prefix(cache, output.logits[:, -1].float(), (prompt.length,), (position,))
 
-    def prefill_each(self, prompts: Sequence[tuple[Prompt, dict[str, Any]]]) -> Prefix:
+    def prefill_each(self, prompts: Sequence[tuple[Prompt, dict[str, Any]]], slots: Slots | None = None) -> Prefix:
         """One forward pass over several prompts of their own lengths, with their vision features.
+
+        Args:
+            slots: the adapters of the rows, where they are not the active one.
 
         It feeds the decoder directly, with plain positions 0, 1, 2...; `tree.packs` tells which family allows it.
         """
@@ -319,7 +329,8 @@ class Family:
         inputs = torch.stack([nn.functional.pad(row, (0, 0, 0, total - len(row))) for row in rows])
         cache = DynamicCache(config=self.model.config.get_text_config())
         positions = torch.arange(total, device=inputs.device).expand(len(rows), -1)
-        hidden = decoder(inputs_embeds=inputs, position_ids=positions, cache=cache, use_cache=True)
+        with self.using(slots):
+            hidden = decoder(inputs_embeds=inputs, position_ids=positions, cache=cache, use_cache=True)
         last = hidden.last_hidden_state[torch.arange(len(rows)), torch.tensor(lengths) - 1]
         return Prefix(cache, head(last).float(), tuple(lengths), tuple(lengths))
 
@@ -330,6 +341,7 @@ class Family:
         positions: Tensor,
         mask: Tensor | None,
         blocks: attention.Blocks | None = None,
+        slots: Slots | None = None,
     ) -> Tensor:
         """Feed M further tokens to each of B cache rows.
 
@@ -338,6 +350,7 @@ class Family:
             positions: (B, M) position ids.
             mask: (B, M, cached + M) True where a token may look, or None for plain causal attention.
             blocks: of the tokens of a single row; the mask is then (R, T, cached + T), one row for each block.
+            slots: the adapters of the rows, where they are not the active one.
 
         Returns:
             (B, M, V) float32 logits.
@@ -349,13 +362,14 @@ class Family:
             allowed = allowed.masked_fill(~mask, torch.finfo(dtype).min)[:, None]
             if blocks is not None:
                 allowed = attention.with_blocks(allowed, blocks)
-        output = self.model(
-            input_ids=tokens,
-            attention_mask=allowed,
-            position_ids=positions,
-            cache=cache,
-            use_cache=True,
-        )
+        with self.using(slots):
+            output = self.model(
+                input_ids=tokens,
+                attention_mask=allowed,
+                position_ids=positions,
+                cache=cache,
+                use_cache=True,
+            )
         return output.logits.float()  # type: ignore[no-any-return]
 
     def glance(self, num_tokens: int) -> Tensor:

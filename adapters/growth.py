@@ -188,6 +188,7 @@ class Shoots:
         self._positions = prefix.positions
         self._device = prefix.logits.device
         self._rows = list(range(len(prefix.lengths)))
+        self._slots = prefix.slots
         self._seen = prefix.seen()
         self._fed = 0  # columns after the prompts
 
@@ -215,6 +216,7 @@ class Shoots:
             tokens.to(self._device),
             positions.to(self._device),
             mask if mask is None else mask.to(self._device),
+            slots=self._slots and tuple(self._slots[row] for row in self._rows),
         )
         return fed[rows, columns]
 

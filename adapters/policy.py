@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from servetune.adapters import tree
-from servetune.adapters.family import Family, Prefix, Prompt, image_tokens
+from servetune.adapters.family import Family, Prefix, Prompt, Slots, image_tokens
 from servetune.adapters.features import ByteCache, digest
 from servetune.adapters.types import Query
 
@@ -90,6 +90,7 @@ class Policy:
             self._peft.add_adapter(slot, self.config)
         self._peft.eval()
         self._choice = _Choice(slots[0])
+        family.using = self._using
         for module in self._peft.modules():
             if isinstance(module, LoraLayer):
                 module.forward = _adapted(module, self._choice)
@@ -115,6 +116,20 @@ class Policy:
     def use(self, slot: str | None) -> None:
         """Make a slot the active adapter; None is the untouched base model."""
         self._choice.slot = slot
+
+    @property
+    def mixes(self) -> bool:
+        """Whether rows of one pass may have adapters of their own: not where they change what the images are."""
+        return self.spec.part == "language"
+
+    @contextmanager
+    def _using(self, slots: Slots | None) -> Iterator[None]:
+        """Feed each row of a pass with its own slot."""
+        self._choice.rows = _rows_by_slot(slots, self.family.device) if slots else None
+        try:
+            yield
+        finally:
+            self._choice.rows = None
 
     @contextmanager
     def reference(self) -> Iterator[None]:
@@ -235,18 +250,24 @@ class Policy:
         return self.family.prefill(observation.prompt, features)
 
     def begin_each(
-        self, observations: Sequence[Observation], version: str = "", cache: ByteCache | None = None
+        self,
+        observations: Sequence[Observation],
+        versions: Sequence[str] | None = None,
+        cache: ByteCache | None = None,
+        slots: Slots | None = None,
     ) -> tree.Prefixes:
-        """Forward several prompts, packed where possible; the adapter must not change while they are used.
+        """Forward several prompts, packed where possible; the adapters must not change while they are used.
 
         Args:
-            version: of the active adapter, by which a prompt is told from the same one after another adapter.
+            versions: of the adapter of each, by which a prompt is told from the same one after another adapter.
             cache: where a prompt that was asked before is found.
+            slots: the adapter of each, where it is not the active one. Only of a policy that `mixes`.
         """
         stale = self.spec.part != "language"  # features of before do not know this adapter
         prompts = [(one.prompt, None if stale else one.features) for one in observations]
-        keys = [(version, one.content) for one in observations]
-        return tree.Prefixes(self.family, prompts, keys, cache)
+        contents = [one.content for one in observations]
+        keys = list(zip(versions, contents, strict=True)) if versions else None
+        return tree.Prefixes(self.family, prompts, keys, cache, slots)
 
     def score_each(self, observations: Sequence[Observation], sequences: Sequence[Tokens]) -> list[Tensor]:
         """Per observation the (N,) log-probabilities of whole answers, differentiable, packed where possible."""
@@ -315,11 +336,26 @@ def scaled(weights: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {key: value * factor if ".lora_B." in key else value for key, value in weights.items()}
 
 
+_Rows = Sequence[tuple[str, slice | Tensor]]
+"""Slots, and the rows of a pass that each is for."""
+
+
 class _Choice(threading.local):
-    """The slot that a thread uses, known to all layers."""
+    """The slot that a thread uses, or those of the rows of the pass under way, known to all layers."""
 
     def __init__(self, slot: str | None) -> None:
         self.slot = slot
+        self.rows: _Rows | None = None
+
+
+def _rows_by_slot(slots: Slots, device: torch.device) -> _Rows:
+    """The rows of each slot but the base's: a slice where they lie side by side, which copies nothing."""
+    found: list[tuple[str, slice | Tensor]] = []
+    for slot in dict.fromkeys(slot for slot in slots if slot):
+        rows = [row for row, own in enumerate(slots) if own == slot]
+        beside = rows[-1] - rows[0] + 1 == len(rows)
+        found.append((slot, slice(rows[0], rows[-1] + 1) if beside else torch.tensor(rows, device=device)))
+    return found
 
 
 def _adapted(layer: Any, choice: _Choice) -> Callable[[Tensor], Tensor]:
@@ -331,14 +367,27 @@ def _adapted(layer: Any, choice: _Choice) -> Callable[[Tensor], Tensor]:
     for slot in layer.lora_A:
         parts[slot] = layer.lora_A[slot].weight, layer.lora_B[slot].weight, layer.scaling[slot]
 
+    def add(result: Tensor, x: Tensor, slot: str, rows: Tensor | None = None) -> None:
+        down, up, scaling = parts[slot]
+        change = linear(linear(x.to(down.dtype), down), up).to(result.dtype)
+        # In place: nothing goes back through the output of a frozen layer but its gradient.
+        if rows is None:
+            result.add_(change, alpha=scaling)
+        else:
+            result.index_add_(0, rows, change, alpha=scaling)
+
     def forward(x: Tensor) -> Tensor:
         result: Tensor = base(x)
-        if choice.slot is None:
+        if choice.rows is None:
+            if choice.slot is not None:
+                add(result, x, choice.slot)
             return result
-        down, up, scaling = parts[choice.slot]
-        low = linear(x.to(down.dtype), down)
-        # In place: nothing goes back through the output of a frozen layer but its gradient.
-        return result.add_(linear(low, up).to(result.dtype), alpha=scaling)
+        for slot, rows in choice.rows:
+            if isinstance(rows, slice):
+                add(result[rows], x[rows], slot)
+            else:
+                add(result, x[rows], slot, rows)
+        return result
 
     return forward
 

@@ -12,6 +12,7 @@ Here given answers are scored; `search.py` looks for the likely ones of a long l
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -21,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from servetune.adapters.attention import Blocks
-from servetune.adapters.family import Family, Prefix, Prompt
+from servetune.adapters.family import Family, Prefix, Prompt, Slots
 from servetune.adapters.features import ByteCache
 
 MAX_NODES = 2048
@@ -42,6 +43,7 @@ class Prefixes:
     Args:
         prompts: B prompts with their vision features; None where the active adapter is to see them.
         keys: under which a prompt is found in `cache` and left there; prompts with the same key are fed once.
+        slots: the adapter of each prompt, where it is not the active one.
     """
 
     def __init__(
@@ -50,11 +52,13 @@ class Prefixes:
         prompts: Sequence[tuple[Prompt, dict[str, Any] | None]],
         keys: Sequence[Hashable] | None = None,
         cache: ByteCache | None = None,
+        slots: Slots | None = None,
     ) -> None:
         self.family = family
         self._prompts = prompts
         self._keys = keys or range(len(prompts))
         self._cache = cache
+        self._slots = slots
         together = packs(family) if len(prompts) > 1 else False
         lengths = [prompt.length for prompt, _ in prompts]
         self._packs = list(_packs(lengths)) if together else [[row] for row in range(len(prompts))]
@@ -71,7 +75,9 @@ class Prefixes:
     def _fed(self, number: int) -> Prefix:
         if number in self._kept:
             return self._kept[number]
-        prefix = self._found(self._packs[number]) if self._cache else self._feed(self._packs[number])
+        rows = self._packs[number]
+        prefix = self._found(rows) if self._cache else self._feed(rows)
+        prefix = replace(prefix, slots=self._slots_of(rows))  # what is cached outlives the slot it was made with
         if prefix.num_bytes + sum(kept.num_bytes for kept in self._kept.values()) <= KEPT_BYTES:
             self._kept[number] = prefix
         return prefix
@@ -80,7 +86,13 @@ class Prefixes:
         prompts = [
             (p, self.family.see(p) if seen is None else seen) for p, seen in map(self._prompts.__getitem__, rows)
         ]
-        return self.family.prefill_each(prompts) if len(prompts) > 1 else self.family.prefill(*prompts[0])
+        slots = self._slots_of(rows)
+        if len(prompts) > 1:
+            return self.family.prefill_each(prompts, slots)
+        return self.family.prefill(*prompts[0], slots)
+
+    def _slots_of(self, rows: list[int]) -> Slots | None:
+        return self._slots and tuple(self._slots[row] for row in rows)
 
     def _found(self, rows: list[int]) -> Prefix:
         """What is in the cache, and the rest fed and left there."""
@@ -246,7 +258,8 @@ def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[Trie | None]) ->
             if trie and (size := len(trie.inner)):
                 tokens[row, :size], depths, mask[row, :size, prefix.width : prefix.width + size] = trie.fed()
                 positions[row, :size] = depths + prefix.positions[row]
-        fed = family.extend(prefix.fork(), tokens.to(device), positions.to(device), mask.to(device))
+        cells = tokens.to(device), positions.to(device), mask.to(device)
+        fed = family.extend(prefix.fork(), *cells, slots=prefix.slots)
         logits = torch.cat([logits, fed], dim=1)
     return list(allowed(family, logits))
 
@@ -261,7 +274,7 @@ def _feed_groups(family: Family, prefix: Prefix, trie: Trie, groups: list[list[i
         size = len(group)
         mask[row, :size, prefix.width : prefix.width + size] = visible[group][:, group]
     positions = (depths + prefix.positions[0])[None].to(device)
-    return family.extend(prefix.fork(), tokens[None].to(device), positions, mask.to(device), blocks)
+    return family.extend(prefix.fork(), tokens[None].to(device), positions, mask.to(device), blocks, prefix.slots)
 
 
 def _packs(lengths: list[int]) -> Iterator[list[int]]:

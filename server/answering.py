@@ -1,7 +1,7 @@
-"""What the model does with queries that wait for it: those of one version are answered together.
+"""What the model does with queries that wait for it: they are answered together, whatever version they are for.
 
 Their images are encoded, their prompts forwarded and their greedy answers grown as rows of one batch, where the
-family allows it. An answer is handed out as soon as it is there. While a long one grows, what has come meanwhile
+family allows it; each row has the adapter of its version. An answer is handed out as soon as it is there. While a long one grows, what has come meanwhile
 is answered in between, so that a short question never waits for somebody's essay.
 """
 
@@ -96,13 +96,13 @@ class Answering:
 
     @torch.no_grad()
     def turn(self) -> None:
-        """Answer the job that has waited longest, and with it others of the same version."""
+        """Answer the job that has waited longest, and others with it."""
         taken = self._num_taken
         if not (jobs := self._take()):
             return
         began = time.perf_counter()
         try:
-            self._policy.use(jobs[0].version.slot)
+            self._policy.use(jobs[0].version.slot)  # of all, where versions cannot be mixed
             self._answer(jobs, began)
         except Exception as error:
             for job in jobs:
@@ -120,7 +120,7 @@ class Answering:
         others: list[Job] = []
         while self._pending and len(jobs) < MOST_TOGETHER:
             job = self._pending.popleft()
-            if jobs and job.version.slot != jobs[0].version.slot:
+            if jobs and not self._policy.mixes and job.version.slot != jobs[0].version.slot:
                 others.append(job)
             elif job.found.set_running_or_notify_cancel():
                 if job.stop.is_set():
@@ -154,7 +154,8 @@ class Answering:
         return {job: one for each in jobs for job, one in self._observe([each]).items()}
 
     def _begin(self, jobs: Sequence[Job], seen: Sequence[Observation]) -> tree.Prefixes:
-        return self._policy.begin_each(seen, jobs[0].version.digest, self._prompts)
+        versions, slots = [job.version.digest for job in jobs], tuple(job.version.slot for job in jobs)
+        return self._policy.begin_each(seen, versions, self._prompts, slots if self._policy.mixes else None)
 
     # --- labels --------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """The serving policy on its own thread: answers, and swaps between answers.
 
-One thread answers, together what waits for one version (`answering.py`). A request leases the version it was
+One thread answers, together what waits (`answering.py`). A request leases the version it was
 admitted with; a new version is read, verified, copied into a free slot and probed by a second thread, and becomes
 current by one assignment. A slot is reused only when nobody leases its version.
 """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import AutoModelForImageTextToText
 
 from servetune.adapters import growth, search, tree
 from servetune.adapters.family import Family, Prompt, PromptTooLong, UnusableImage, image_tokens
+from servetune.adapters.features import ByteCache
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore, Draft
@@ -128,9 +130,9 @@ def test_a_search_does_not_feed_what_cannot_matter(made: Policy, monkeypatch: py
     fed: list[int] = []
     whole = made.family.extend
 
-    def counted(cache: object, tokens: torch.Tensor, *rest: object) -> torch.Tensor:
+    def counted(cache: Any, tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         fed.append(tokens.numel())
-        return whole(cache, tokens, *rest)  # type: ignore[arg-type]
+        return whole(cache, tokens, *rest, **named)
 
     monkeypatch.setattr(made.family, "extend", counted)
     with torch.no_grad():
@@ -175,6 +177,31 @@ def test_answers_to_several_prompts_are_those_of_each(made: Policy) -> None:
     for samples, logprobs in zip(drawn, scored, strict=True):
         assert sum(sample.count for sample in samples) == 16
         torch.testing.assert_close(logprobs, torch.tensor([s.logprob for s in samples]), atol=1e-3, rtol=1e-3)
+
+
+def test_rows_with_adapters_of_their_own_are_answered_as_by_each(made: Policy) -> None:
+    """Slots side by side and scattered, the base among them; rows end at different times."""
+    stir(made, "candidate", std=0.3, seed=1)
+    stir(made, "live", std=0.3, seed=2)
+    slots = ("candidate", "live", None, "live", "live", "candidate")
+    asked = [query(seed % 2, question="is it red? " * (1 + seed % 3)) for seed in range(len(slots))]
+    seen, cache = made.observe_each(asked), ByteCache(10**8)
+    made.use(None)
+    with torch.no_grad():
+        for _ in range(2):  # fed, then from the cache
+            prefixes = made.begin_each(seen, [str(slot) for slot in slots], cache, slots)
+            together = growth.sample_each(prefixes, 1, 6, temperature=0.0)
+            scored = tree.score_each(prefixes, [SEQUENCES] * len(slots))
+            for (ours,), logprobs, one, slot in zip(together, scored, seen, slots, strict=True):
+                made.use(slot)
+                prefix = made.begin(one)
+                alone = growth.sample(made.family, prefix, 1, 6, temperature=0.0)[0]
+                assert ours.tokens == alone.tokens
+                assert ours.logprob == pytest.approx(alone.logprob, abs=1e-3)
+                theirs, _ = tree.score(made.family, prefix, SEQUENCES)
+                torch.testing.assert_close(logprobs, theirs.sum(-1), atol=1e-3, rtol=1e-3)
+                made.use(None)
+    assert made._choice.rows is None
 
 
 def test_pictures_seen_together_are_those_seen_alone(made: Policy) -> None:

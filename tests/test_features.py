@@ -92,7 +92,7 @@ ANSWERS = [(5, 9), (7,), (5, 3, 2)]
 
 def answered(made: Policy, queries: list[Query], version: str, cache: ByteCache | None) -> list[Tensor]:
     with torch.no_grad():
-        prefixes = made.begin_each(made.observe_each(queries), version, cache)
+        prefixes = made.begin_each(made.observe_each(queries), [version] * len(queries), cache)
         return tree.score_each(prefixes, [ANSWERS] * len(queries))
 
 
