@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
@@ -22,6 +23,7 @@ MIN_MEASURED = 8
 FEW = 16  # answers; more of them are a label set that one image tells little about
 PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
 DOUBT = 2.0  # weight of a view's mean entropy among few answers
+LEAD = 0.02  # nats, two standard errors below the mean, by which a view must tell more than the image as sent
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
 KEPT = 0.2  # of an open question's target at most is for answers that its stream does not show
 SHOWN = 0.1  # of the commonest answer's wins, below which an open question's stream does not show an answer
@@ -68,7 +70,7 @@ class Lesson:
     shown: Tensor  # (M,) bool: whether the stream shows the answer; else its target is the reference's probability
     divergence: float  # KL(target || reference on the image as it was sent), nats
     dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
-    rehearsed: bool = False  # its stream shows one answer, so it teaches nothing; it is to be answered as before
+    rehearsed: bool = False  # its votes tell nothing new, so it teaches nothing; it is to be answered as before
 
     @property
     def majority(self) -> float:
@@ -86,6 +88,7 @@ class Memory:
     _ballots: deque[Ballot] = field(init=False)
     _bytes: int = field(default=0, init=False)
     _worth: dict[bool, dict[str, float]] | None = field(default=None, init=False)
+    _tell_more: bool = field(default=False, init=False)
 
     def __post_init__(self) -> None:
         self._ballots = deque()
@@ -121,8 +124,20 @@ class Memory:
         """
         if self._worth is None:
             few, many = ([b for b in self._ballots if has_few_answers(b.query) == kind] for kind in (True, False))
-            self._worth = {True: _worth_among_few(few[-MEASURED_FEW:]), False: _worth_among_many(many)}
+            leads = _leads(few[-MEASURED_FEW:])
+            among_few = {view: float(lead.mean()) for view, lead in leads.items()}
+            self._worth = {True: among_few, False: _worth_among_many(many)}
+            self._tell_more = any(_at_least(lead) >= LEAD for lead in leads.values())
         return self._worth
+
+    def views_tell_more(self) -> bool:
+        """Whether some view tells more about images with few answers than the image as it was sent, beyond chance.
+
+        The votes on open questions are over views alone. Where no view tells more, as where parts of the image are
+        hidden, they know what the model knows.
+        """
+        self.worth()
+        return self._tell_more
 
     def lessons(self, later_rounds: bool = True) -> list[Lesson]:
         """What every ballot teaches, given all the others, in the order in which they came.
@@ -135,8 +150,9 @@ class Memory:
         dependences, shown = _dependences(questions, wordings), _shown(questions, wordings)
         for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
             lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
-            if answers is not None and len(answers) == 1:  # it can be answered without looking
-                lessons = [replace(lesson, dependence=0.0, rehearsed=True) for lesson in lessons]
+            one_answer = answers is not None and len(answers) == 1  # it can be given without looking
+            if one_answer or not (ballots[0].query.labels or self.views_tell_more()):
+                lessons = [replace(lesson, rehearsed=True) for lesson in lessons]
             found |= {lesson.ballot.query.id: lesson for lesson in lessons}
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])
 
@@ -329,39 +345,46 @@ def _worth_among_many(ballots: Sequence[Ballot]) -> dict[str, float]:
     return {view: _information(measured, view) for view in measured[0].scores}
 
 
-def _worth_among_few(ballots: Sequence[Ballot]) -> dict[str, float]:
-    """Each view beside the image as it was sent, on the queries that were looked at in that view."""
-    worth = {}
+def _leads(ballots: Sequence[Ballot]) -> dict[str, Tensor]:
+    """By how many nats each view is clearer than the image as sent, on each query looked at in that view."""
+    found = {}
     for view in dict.fromkeys(view for ballot in ballots for view in ballot.scores):
         seen = [ballot for ballot in ballots if view in ballot.scores]
         if len(seen) >= MIN_MEASURED:
-            clarity = _clarity(seen, (view, SAME))
-            worth[view] = clarity[0] - clarity[1]
-    return worth
+            found[view], as_sent = _clarity(seen, (view, SAME))
+            found[view] -= as_sent
+    return found
 
 
-def _clarity(ballots: Sequence[Ballot], views: Sequence[str]) -> list[float]:
-    """Mutual information on one question in a view, in nats, less DOUBT times the mean entropy of the answers."""
+def _clarity(ballots: Sequence[Ballot], views: Sequence[str]) -> list[Tensor]:
+    """(N,) in each view: what each query adds to the mutual information, less DOUBT times its answers' entropy.
+
+    The information is that on one question, KL(p || mean p) in nats. Queries on a question that was asked once are
+    left out where others were asked again.
+    """
     kinds = [kind for kind in _by_question(ballots) if len(kind) > 1] or [list(ballots)]
-    repeated = [ballot for kind in kinds for ballot in kind]
     cells: dict[tuple[int, str], int] = {}  # of one question's answers
-    place = [
+    places = [
         cells.setdefault((number, answer), len(cells))
         for number, kind in enumerate(kinds)
         for ballot in kind
         for answer in ballot.answers
     ]
-    places, asked = torch.tensor(place), torch.tensor([float(len(kinds[number])) for number, _ in cells])
+    place, asked = torch.tensor(places), torch.tensor([float(len(kinds[number])) for number, _ in cells])
+    repeated = [ballot for kind in kinds for ballot in kind]
+    owner = torch.arange(len(repeated)).repeat_interleave(torch.tensor([len(b.answers) for b in repeated]))
     found = []
     for view in views:
         shares = torch.cat([ballot.scores[view] for ballot in repeated]).exp()
-        means = torch.zeros(len(cells)).index_add_(0, places, shares) / asked
-        together = float(-(asked * torch.special.xlogy(means, means)).sum())
-        apart = float(-torch.special.xlogy(shares, shares).sum())
-        every = torch.cat([ballot.scores[view] for ballot in ballots]).exp()
-        doubt = float(-torch.special.xlogy(every, every).sum()) / len(ballots)
-        found.append((together - apart) / len(repeated) - DOUBT * doubt)
+        means = torch.zeros(len(cells)).index_add_(0, place, shares) / asked
+        terms = (1 + DOUBT) * torch.special.xlogy(shares, shares) - torch.special.xlogy(shares, means[place])
+        found.append(torch.zeros(len(repeated)).index_add_(0, owner, terms))
     return found
+
+
+def _at_least(values: Tensor) -> float:
+    """Two standard errors below the mean; of one value, nothing is known."""
+    return float(values.mean() - 2 * values.std() / math.sqrt(len(values))) if len(values) > 1 else -math.inf
 
 
 def _information(ballots: Sequence[Ballot], view: str) -> float:

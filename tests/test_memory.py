@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from servetune.adapters import tree
-from servetune.adapters.memory import Ballot, Memory
+from servetune.adapters.memory import LEAD, Ballot, Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rollouts import cast_ballot, vote_again
 from servetune.adapters.step import Learner, LearnerConfig, _adjusted
@@ -28,6 +28,11 @@ def ballot(number: int, shares: dict[str, list[float]], embedding: list[float], 
     labels = LABELS[: len(next(iter(shares.values())))]
     asked = Query(f"q{number}", (), "what?", labels)
     return Ballot(asked, labels, ((1,),) * len(labels), scores, {}, torch.tensor(embedding), 1.0, measured)
+
+
+def guess(right: int, share: float) -> list[float]:
+    """Shares of as many answers as there are labels, one of them as given and the others alike."""
+    return [share if place == right else (1 - share) / (len(LABELS) - 1) for place in range(len(LABELS))]
 
 
 def spread(number: int, size: int = 16) -> list[float]:
@@ -116,11 +121,9 @@ def test_different_questions_do_not_pass_for_different_images() -> None:
 def test_a_question_with_one_answer_to_all_images_is_rehearsed(policy: Policy) -> None:
     """Beside one that teaches: what would be learned from it is to answer without looking."""
     learner = Learner(policy, replace(CONFIG, min_information=0.1))
-    clear = [0.05] * 8
     for number in range(16):
-        row = list(clear)
-        row[number % 8 if number % 2 else 0] = 0.65
-        made = ballot(number, {SAME: row}, spread(number))
+        right = number % 8 if number % 2 else 0
+        made = ballot(number, {SAME: guess(right, 0.65), "bright": guess(right, 0.9)}, spread(number))
         question = "what shape?" if number % 2 else "what colour?"
         answers = tuple(f"{question} {label}" for label in LABELS)  # or they are wordings of one question
         asked = replace(made.query, question=question, labels=())
@@ -138,6 +141,31 @@ def test_a_question_with_one_answer_to_all_images_is_rehearsed(policy: Policy) -
         assert bool(exercised.shown.any()) != kept, "how common its answers are has no part in it"
     alone = [each for each in lessons if each.ballot.query.question == "what colour?"]
     assert learner._useful(alone, dependence) == [], "where nothing teaches there is nothing to rehearse for"
+
+
+@pytest.mark.parametrize(("view", "labels", "teaches"), [(0.65, (), False), (0.9, (), True), (0.65, LABELS, True)])
+def test_open_questions_wait_for_a_view_that_tells_more(
+    view: float, labels: tuple[str, ...], teaches: bool
+) -> None:
+    """Votes over views that tell no more than the image as sent know what the model knows."""
+    memory = Memory()
+    for number in range(32):
+        shares = {SAME: guess(number % 8, 0.65), "bright": guess(number % 8, view)}
+        made = ballot(number, shares, spread(number))
+        memory.add(replace(made, query=replace(made.query, question="what?", labels=labels)))
+    assert memory.views_tell_more() == (view > 0.65)
+    assert all(lesson.rehearsed != teaches for lesson in memory.lessons())
+
+
+def test_a_view_that_is_clearer_by_chance_does_not_tell_more() -> None:
+    memory = Memory()
+    for number in range(32):
+        as_sent, bright = (0.5, 0.9) if number % 2 else (0.87, 0.5)  # clearer in every other one
+        shares = {SAME: guess(number // 2 % 8, as_sent), "bright": guess(number // 2 % 8, bright)}
+        made = ballot(number, shares, spread(number))
+        memory.add(replace(made, query=replace(made.query, question="what?", labels=())))
+    assert memory.worth()[True]["bright"] > LEAD
+    assert not memory.views_tell_more()
 
 
 def test_a_label_that_is_far_more_common_than_the_others_stops_nothing() -> None:
@@ -250,11 +278,12 @@ def test_a_stream_of_yes_shows_no_as_well(answers: tuple[str, str], shown: list[
     """Else `no` would fade where it happens to be wrong, and with it every `no` that is right."""
     memory = Memory(temperature=1.0)
     for number in range(12):
-        one = ballot(number, {SAME: [0.6 + 0.03 * number, 0.4 - 0.03 * number]}, spread(number))
+        shares = {SAME: [0.6 + 0.03 * number, 0.4 - 0.03 * number], "bright": [0.99, 0.01]}
+        one = ballot(number, shares, spread(number))
         memory.add(replace(one, query=replace(one.query, question="is it?", labels=()), answers=answers))
     for lesson in memory.lessons():
         assert lesson.shown.tolist() == shown
-        assert (lesson.dependence == 0) == (sum(shown) == 1)  # a single answer is given without looking
+        assert lesson.rehearsed == (sum(shown) == 1)  # a single answer is given without looking
 
 
 def memory_of(*ballots: Ballot) -> Memory:
