@@ -1,22 +1,25 @@
 """Rollouts: what N answers to one query cost, and how that grows with N, with the prompt and with the labels.
 
-    python -m benchmarks.rollout [--models mid nano] [--rounds 5] [--threads 1]
+    python -m benchmarks.rollout [--models mid nano] [--rounds 5] [--threads 1] [--vllm]
 
 The peer is `generate(num_return_sequences=N)` of transformers on the same model, image and question, with as
 many tokens for every answer, in the same process by turns; both sides see an image that they do not know.
-Seconds are CPU seconds. vLLM is measured where its environment can be made and `--vllm` is given: a server of
-its own, one request with n = N, wall seconds on both sides.
+Seconds are CPU seconds. With `--vllm`, vLLM is a peer too, in an environment of its own that the first call
+installs: 32 answers to one request over HTTP, each image new, the two servers by turns, wall seconds.
 
 Last line of stdout: JSON. `ratio_generate_short` and `ratio_generate_long` (32 answers of 5 and of 32 tokens;
-peer / ours), `growth` (seconds of N answers of 5 tokens, N = 1..128), `doubling_32_64` (seconds for 64 over
-those for 32), `step_doubling_32_64` (the same for a whole learning step), `prompt` (seconds by length of the
-prompt, 32 answers of 5 tokens), `labels` (seconds of a whole cold request by number of labels) and
-`labels_1000_vs_10`; the first model's keys are bare, another's have its name in front.
+peer / ours), `ratio_vllm_short` and `ratio_vllm_long` (the same against vLLM), `growth` (seconds of N answers of 5
+tokens, N = 1..128), `doubling_32_64` (seconds for 64 over those for 32), `step_doubling_32_64` (the same for a
+whole learning step), `prompt` (seconds by length of the prompt, 32 answers of 5 tokens), `labels` (seconds of a
+whole cold request by number of labels) and `labels_1000_vs_10`; the first model has bare keys, another its name in
+front.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
+import itertools
 import json
 import random
 import statistics
@@ -24,9 +27,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import httpx2
 import torch
 from PIL import Image
 
+from benchmarks.load import SIDES, pictures
+from benchmarks.models import checkpoint
+from benchmarks.servers import running
 from benchmarks.step import QUESTION, SLOT, FullLength, load, picture
 from servetune.adapters import growth, search
 from servetune.adapters.policy import Policy
@@ -44,11 +51,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=["mid", "nano"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--vllm", action="store_true")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     result: dict[str, Any] = {}
     for model in options.models:
         found = measure(load(model, "float32"), options.rounds)
+        if options.vllm:
+            found |= asyncio.run(against_vllm(model, options.rounds, options.threads))
         print(f"{model}: {json.dumps(found)}", flush=True)
         prefix = "" if model == options.models[0] else f"{model}_"
         result |= {prefix + key: value for key, value in found.items()}
@@ -141,6 +151,30 @@ def recognise(policy: Policy, image: Image.Image, labels: list[str]) -> None:
     """A cold request among labels, as the server answers it."""
     prefix = policy.begin(policy.observe(Query("bench", (image,), QUESTION)))
     search.search(policy.family, prefix, [policy.family.tokens(label) for label in labels]).softmax(-1)
+
+
+async def against_vllm(model: str, rounds: int, threads: int) -> dict[str, float]:
+    """Median wall seconds of vLLM over ours for 32 answers to a new image, after a round to warm up."""
+    images = pictures(SIDES[model])
+    spent: dict[tuple[str, int], list[float]] = {}
+    with (
+        running("ours", checkpoint(model), threads, queue_wait_s=600) as ours,
+        running("vllm", checkpoint(model), threads) as theirs,
+    ):
+        async with httpx2.AsyncClient(timeout=600) as http:
+            for number in range(rounds + 1):
+                for server, length in itertools.product((ours, theirs), (5, 32)):
+                    body = server.ask(next(images), QUESTION, length) | {"n": 32, "temperature": 1.0}
+                    began = time.perf_counter()
+                    (await http.post(server.url, json=body)).raise_for_status()
+                    if number:
+                        spent.setdefault((server.name, length), []).append(time.perf_counter() - began)
+    median = {key: statistics.median(each) for key, each in spent.items()}
+    lengths = {"short": 5, "long": 32}
+    return {
+        f"ratio_vllm_{name}": round(median["vllm", length] / median["ours", length], 2)
+        for name, length in lengths.items()
+    }
 
 
 def names(num: int) -> list[str]:
