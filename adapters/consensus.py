@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 FLOOR = -20.0
+SMOOTH = 0.1  # of a look's answer is whatever the stream's answers are
 
 
 def mutual_information(logprobs: Tensor) -> float:
@@ -29,6 +30,25 @@ def mutual_information(logprobs: Tensor) -> float:
     whole = -(mean * mean.clamp(min=1e-12).log()).sum()
     each = -(shares * logprobs.clamp(min=FLOOR)).sum(-1).mean()
     return float(whole - each)
+
+
+def repeated_information(first: Tensor, second: Tensor) -> float:
+    """What two looks at each of N images say alike about it, in nats: E[log q(y | x) / mean q(y)], y drawn from p.
+
+    p and q are the looks' answers, each in both parts. Only what the image shows can raise it: looks that differ
+    by themselves, whatever they look at, say nothing alike. An answer that the other look rules out counts no
+    more than SMOOTH allows.
+
+    Args:
+        first, second: (N, L) log-probabilities, each row normalised.
+    """
+    found = 0.0
+    for drawn, told in ((first, second), (second, first)):
+        shares = told.exp()
+        mean = shares.mean(0)
+        ratio = ((1 - SMOOTH) * shares / mean.clamp(min=1e-12) + SMOOTH).log()
+        found += float((drawn.exp() * ratio).sum(-1).mean()) / 2
+    return found
 
 
 def view_weights(

@@ -147,7 +147,8 @@ class Memory:
         found: dict[str, Lesson] = {}
         questions = [(ballots, self._pooled(ballots, later_rounds)) for ballots in self._kinds()]
         wordings = _wordings(questions)
-        dependences, shown = _dependences(questions, wordings), _shown(questions, wordings)
+        alone = [self._information(*question) for question in questions]
+        dependences, shown = _dependences(questions, alone, wordings), _shown(questions, wordings)
         for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
             lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
             one_answer = answers is not None and len(answers) == 1  # it can be given without looking
@@ -157,15 +158,35 @@ class Memory:
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])
 
     def dependence(self) -> float | None:
-        """How much the votes depend on the image: mutual information among votes on the same question, in nats.
+        """How much the votes depend on the image, in nats: information among votes on the same question.
 
         None where no question was asked about two images. Votes on different questions differ whatever the images
         show, so each question counts for itself, by how often it was asked.
         """
         repeated = [ballots for ballots in self._kinds() if len(ballots) > 1]
-        found = [consensus.mutual_information(self._pooled(ballots)) for ballots in repeated]
+        found = [self._information(ballots, self._pooled(ballots)) for ballots in repeated]
         sizes = [len(ballots) for ballots in repeated]
         return sum(map(operator.mul, sizes, found)) / sum(sizes) if repeated else None
+
+    def _information(self, ballots: Sequence[Ballot], logvotes: Tensor) -> float:
+        """How much votes on one question depend on the image, in nats.
+
+        Among many labels every look at nothing finds something else: there only what looks say alike counts.
+        """
+        if has_few_answers(ballots[0].query) or min(len(ballot.votes) for ballot in ballots) < 2:
+            return consensus.mutual_information(logvotes)
+        return consensus.repeated_information(*(self._half(ballots, half) for half in (0, 1)))
+
+    def _half(self, ballots: Sequence[Ballot], half: int) -> Tensor:
+        """(N, L) normalised votes of every other view, in the order of their worth."""
+        worth = self.worth()[has_few_answers(ballots[0].query)]
+        rows = []
+        for ballot in ballots:
+            weights = dict(zip(ballot.votes, _weights([*ballot.votes], worth), strict=True))
+            views = sorted(weights, key=weights.__getitem__, reverse=True)[half::2]
+            shares = torch.tensor([weights[view] for view in views]).clamp(min=1e-9)
+            rows.append(shares / shares.sum() @ torch.stack([ballot.votes[view] for view in views]))
+        return _table(ballots, _columns(ballots), rows).log_softmax(-1)
 
     def _kinds(self) -> list[list[Ballot]]:
         return _by_question(self._ballots)
@@ -206,13 +227,17 @@ def _shown(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> lis
     return found
 
 
-def _dependences(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> list[float | None]:
-    """How much votes on each question depend on the image: by themselves, and with those on its other wordings.
+def _dependences(
+    questions: Sequence[_Question], alone: Sequence[float], wordings: Sequence[list[int]]
+) -> list[float | None]:
+    """How much votes on each question depend on the image: `alone`, and with those on its other wordings.
 
     The lower of the two counts, where MIN_ASKED images at least were asked about.
     """
-    found: list[list[float]] = [[] for _ in questions]
-    for numbers in [*([number] for number in range(len(questions))), *wordings]:
+    found = [
+        [own] if len(ballots) >= MIN_ASKED else [] for (ballots, _), own in zip(questions, alone, strict=True)
+    ]
+    for numbers in wordings:
         logvotes = _together([questions[number] for number in numbers])
         if len(logvotes) >= MIN_ASKED:
             dependence = consensus.mutual_information(logvotes)
@@ -223,8 +248,6 @@ def _dependences(questions: Sequence[_Question], wordings: Sequence[list[int]]) 
 
 def _together(questions: Sequence[_Question]) -> Tensor:
     """(N, L) log-votes on several questions, over the answers of all."""
-    if len(questions) == 1:
-        return questions[0][1]
     columns = consensus.common_space([tuple(_columns(ballots)) for ballots, _ in questions])
     tables = []
     for ballots, logvotes in questions:
@@ -342,7 +365,7 @@ def _worth_among_many(ballots: Sequence[Ballot]) -> dict[str, float]:
     measured = max(kinds.values(), key=len, default=[])[-MEASURED:]
     if len(measured) < MIN_MEASURED:
         return {}
-    return {view: _information(measured, view) for view in measured[0].scores}
+    return {view: _information_in(measured, view) for view in measured[0].scores}
 
 
 def _leads(ballots: Sequence[Ballot]) -> dict[str, Tensor]:
@@ -387,7 +410,7 @@ def _at_least(values: Tensor) -> float:
     return float(values.mean() - 2 * values.std() / math.sqrt(len(values))) if len(values) > 1 else -math.inf
 
 
-def _information(ballots: Sequence[Ballot], view: str) -> float:
+def _information_in(ballots: Sequence[Ballot], view: str) -> float:
     rows = [ballot.scores[view] for ballot in ballots]
     return consensus.mutual_information(_table(ballots, _columns(ballots), rows).log_softmax(-1))
 

@@ -1,9 +1,10 @@
 """Versions on disk: immutable PEFT directories with a manifest, and aliases that move over them.
 
-`<root>/<adapter>/v0007/` holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`. It is
-written to a staging folder, synced and renamed, so that a version is there completely or not at all. Aliases
-are one small file, replaced atomically; `live` carries a generation that only grows, and whoever moves it can
-say which generation they looked at. A file lock orders the writers of all processes; readers need none.
+`<root>/<adapter>/v0007/` holds `adapter_model.safetensors`, `adapter_config.json` and `manifest.json`, which has
+the SHA-256 of the others; its own is in `manifest.json.sha256`, as `sha256sum -c` reads it. A version is written
+to a staging folder, synced and renamed, so that it is there completely or not at all. Aliases are one small file,
+replaced atomically; `live` carries a generation that only grows, and whoever moves it can say which generation
+they looked at. A file lock orders the writers of all processes; readers need none.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ WEIGHTS, CONFIG, OPTIMIZER, MANIFEST = (
     "optimizer.safetensors",
     "manifest.json",
 )
+MANIFEST_DIGEST = f"{MANIFEST}.sha256"
 RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"v(\d{4,9})")
@@ -151,14 +153,19 @@ class AdapterStore:
         return sorted(int(match[1]) for match in found if match)
 
     def manifest(self, version: int) -> Manifest:
-        """Raises UnknownVersion, or CorruptVersion where the manifest itself cannot be read."""
+        """Raises UnknownVersion, or CorruptVersion where the manifest is not what was written."""
         path = self._path(version) / MANIFEST
         try:
-            content = json.loads(path.read_bytes())
+            written = path.read_bytes()
         except FileNotFoundError:
             raise UnknownVersion(f"{self.name} has no version {version_name(version)}") from None
-        except ValueError:
-            raise CorruptVersion(f"{version_name(version)}: the manifest is not readable") from None
+        try:
+            expected = path.with_name(MANIFEST_DIGEST).read_bytes()
+        except FileNotFoundError:
+            raise CorruptVersion(f"{version_name(version)}: {MANIFEST_DIGEST} is missing") from None
+        if expected != _digest_line(written):
+            raise CorruptVersion(f"{version_name(version)}: {MANIFEST} does not match its SHA-256")
+        content = json.loads(written)
         for name in ("probe", "query_ids", "step_range"):
             if content.get(name) is not None:
                 content[name] = tuple(content[name])
@@ -169,7 +176,8 @@ class AdapterStore:
             raise CorruptVersion(f"{version_name(version)}: the manifest lacks a field") from None
 
     def weights(self, version: int) -> dict[str, Tensor]:
-        """The verified weights of a version. Raises UnknownVersion, CorruptVersion."""
+        """The weights of a version, verified with its configuration. Raises UnknownVersion, CorruptVersion."""
+        self._verified(version, CONFIG)
         return dict(parse_safetensors(self._verified(version, WEIGHTS)))
 
     def optimizer(self, version: int) -> dict[str, Tensor]:
@@ -319,7 +327,7 @@ class AdapterStore:
 
     def export(self, version: int) -> Iterator[bytes]:
         """A tar of the version's PEFT directory, in pieces. Raises UnknownVersion, CorruptVersion."""
-        names = [WEIGHTS, CONFIG, MANIFEST]
+        names = [WEIGHTS, CONFIG, MANIFEST, MANIFEST_DIGEST]
         for name in (WEIGHTS, CONFIG):
             self._verified(version, name)
         folder = self._path(version)
@@ -385,6 +393,7 @@ class AdapterStore:
             **story,
         )
         content[MANIFEST] = json.dumps(asdict(manifest), indent=1).encode()
+        content[MANIFEST_DIGEST] = _digest_line(content[MANIFEST])
         self._place(version, content)
         return manifest
 
@@ -392,7 +401,7 @@ class AdapterStore:
         staging = self.folder / f".staging-{version_name(version)}"
         shutil.rmtree(staging, ignore_errors=True)
         staging.mkdir()
-        for name, data in content.items():  # the manifest comes last
+        for name, data in content.items():
             with (staging / name).open("wb") as file:
                 file.write(data)
                 file.flush()
@@ -440,6 +449,10 @@ class AdapterStore:
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _digest_line(manifest: bytes) -> bytes:
+    return f"{hashlib.sha256(manifest).hexdigest()}  {MANIFEST}\n".encode()
 
 
 def _sync(folder: Path) -> None:

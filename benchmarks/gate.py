@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -128,17 +129,22 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.ERROR))
+    print(json.dumps(drill(options.num, options.seed)))
+
+
+def drill(num: int, seed: int) -> dict[str, Any]:
+    """As many candidates of either sort, judged; what became of each is printed."""
     settings = Settings()
     policy = load_policy(settings, ("candidate", "live"), settings.worker_threads)
-    stream = Stream(policy.family.recognition_question, options.seed)
-    learner, gate = Learner(policy, LearnerConfig(), seed=options.seed), Gate(policy)
+    stream = Stream(policy.family.recognition_question, seed)
+    learner, gate = Learner(policy, LearnerConfig(), seed=seed), Gate(policy)
     policy.load("live", policy.zero_weights())
     learner.load(policy.zero_weights(), {})
-    rng, kinds = random.Random(options.seed), list(SABOTAGE)
+    rng, kinds = random.Random(seed), list(SABOTAGE)
     stopped: Counter[str] = Counter()
     missed: Counter[str] = Counter()
     refused: Counter[str] = Counter()
-    for number in range(options.num):
+    for number in range(num):
         queries = stream.batch()
         learner.step(queries)
         gate.remember(queries)
@@ -160,15 +166,14 @@ def main() -> None:
         else:
             learner.load(kept, {})
         print(number, "healthy", verdict.accepted, verdict.reasons, kind, sabotaged.reasons, flush=True)
-    result = {
-        "sabotaged": options.num,
+    return {
+        "sabotaged": num,
         "stopped": stopped.total(),
-        "healthy": options.num,
+        "healthy": num,
         "refused": refused["candidates"],
         "missed": dict(missed),
         "refused_for": {reason: count for reason, count in refused.items() if reason != "candidates"},
     }
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,29 @@ def test_information_is_entropy_of_the_mean_less_mean_entropy() -> None:
     assert consensus.mutual_information(logprobs) == pytest.approx(mean - each, abs=1e-6)
 
 
+def test_only_what_both_looks_say_counts_as_repeated() -> None:
+    first = torch.tensor([[0.8, 0.2], [0.3, 0.7]])
+    second = torch.tensor([[0.6, 0.4], [0.2, 0.8]])
+
+    def told(drawn: torch.Tensor, other: torch.Tensor) -> float:
+        """By hand: a tenth of each answer is whatever the stream's answers are."""
+        mean = [(other[0, y] + other[1, y]) / 2 for y in (0, 1)]
+        terms = [drawn[i, y] * math.log(0.9 * other[i, y] / mean[y] + 0.1) for i in (0, 1) for y in (0, 1)]
+        return float(sum(terms)) / 2
+
+    found = consensus.repeated_information(first.log(), second.log())
+    assert found == pytest.approx((told(first, second) + told(second, first)) / 2, abs=1e-6)
+
+
+def test_looks_that_find_something_else_in_nothing_repeat_nothing() -> None:
+    rng = torch.Generator().manual_seed(0)
+    first, second = (confident(torch.randint(0, 20, (64,), generator=rng).tolist(), 20) for _ in range(2))
+    assert consensus.mutual_information(((first + second) / 2).log_softmax(-1)) > 0.3
+    assert consensus.repeated_information(first, second) < 0
+    assert consensus.repeated_information(first, first) > 1.5
+    assert consensus.repeated_information(*[confident([3] * 64, 20)] * 2) == pytest.approx(0, abs=1e-6)
+
+
 def test_answers_that_ignore_the_image_carry_no_information() -> None:
     assert consensus.mutual_information(confident([1] * 20, 4)) == pytest.approx(0, abs=1e-6)
     assert consensus.mutual_information(torch.full((20, 4), 0.25).log()) == pytest.approx(0, abs=1e-6)

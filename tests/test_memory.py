@@ -118,6 +118,25 @@ def test_different_questions_do_not_pass_for_different_images() -> None:
     assert memory.dependence() == pytest.approx(0, abs=1e-6)
 
 
+def test_labels_that_views_find_in_nothing_teach_nothing() -> None:
+    """A long list of labels and grey images: each look finds something else, and no two of an image agree."""
+    memory, labels = Memory(), tuple(f"label {number}" for number in range(24))
+    dice = torch.Generator().manual_seed(0)
+    for number in range(32):
+        looks = torch.randint(0, 24, (4,), generator=dice).tolist()
+        rows = {
+            view: [0.9 if place == look else 0.1 / 23 for place in range(24)] for view, look in enumerate(looks)
+        }
+        made = ballot(number, {SAME: [1 / 24] * 24}, spread(number))
+        scores = {SAME if view == 0 else f"view {view}": torch.tensor(row).log() for view, row in rows.items()}
+        asked = replace(made.query, labels=labels)
+        memory.add(replace(made, query=asked, answers=labels, tokens=((1,),) * 24, scores=scores, votes=scores))
+    dependence = memory.dependence()
+    assert dependence is not None
+    assert dependence < 0.1
+    assert all(lesson.dependence == pytest.approx(dependence) for lesson in memory.lessons())
+
+
 def test_a_question_with_one_answer_to_all_images_is_rehearsed(policy: Policy) -> None:
     """Beside one that teaches: what would be learned from it is to answer without looking."""
     learner = Learner(policy, replace(CONFIG, min_information=0.1))

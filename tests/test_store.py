@@ -5,9 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -149,36 +146,6 @@ def test_pause_outlives_the_process(tmp_path: Path) -> None:
     opened(tmp_path).set_paused(False)
     opened(tmp_path).set_paused(False)
     assert not opened(tmp_path).paused
-
-
-def _publish_forever(root: Path) -> None:
-    store = AdapterStore(root)
-    value = 0.0
-    while True:
-        value += 1
-        store.promote(store.publish(draft(value)).version)
-
-
-def test_kill_9_leaves_a_whole_version_current(tmp_path: Path) -> None:
-    store = opened(tmp_path)
-    for round_number in range(6):
-        process = multiprocessing.get_context("spawn").Process(target=_publish_forever, args=(tmp_path,))
-        process.start()
-        assert process.pid is not None
-        before = store.live().version
-        deadline = time.monotonic() + 30
-        while store.live().version == before and time.monotonic() < deadline:
-            time.sleep(0.001)
-        time.sleep(0.013 * round_number)
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
-        live = store.live().version
-        assert live > before
-        assert store.weights(live)["a.lora_B.weight"].isfinite().all()
-        for version in store.versions():
-            store.weights(version)
-    opened(tmp_path)  # clears what the kills left behind
-    assert not list((tmp_path / "default").glob(".staging-*"))
 
 
 def _publish_some(root: Path, count: int) -> None:

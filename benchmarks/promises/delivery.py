@@ -1,0 +1,273 @@
+"""R: what was acknowledged is accounted for, whatever is killed; and Redis down is no outage of ours."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+
+import redis
+
+from benchmarks.promises.product import LABELS, Part, Product, eventually, picture
+from benchmarks.promises.rows import Found, Skip, Trial, promise
+from servetune import Client
+from servetune.adapters.store import AdapterStore
+from servetune.server.valkey import EmbeddedValkey
+
+PARTS: tuple[Part, ...] = ("worker", "redis", "server", "all")
+OUTCOMES = ("trained", "no_signal", "rejected", "dead", "expired", "withdrawn")
+CLIENTS = 4
+LEASE_S = 3
+QUICK = {"lease_s": LEASE_S, "flush_s": 0.5, "max_deliveries": 100, "queue_wait_s": 60}
+QUICK |= {"buffer_client_share": 1, "queries_per_step": 4, "steps_per_candidate": 1}
+SETTLED_S, LEARNED_S = 600.0, 300.0
+
+
+@dataclass
+class Asked:
+    """What clients were told, each query of which is unlike any other."""
+
+    acked: set[str] = field(default_factory=set)
+    skipped: Counter[str] = field(default_factory=Counter)
+    refused: int = 0
+    times_s: list[float] = field(default_factory=list)
+    _numbers: Iterator[int] = field(default_factory=lambda: iter(range(10**9)))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def once(self, client: Client) -> None:
+        """Ask one thing; a server that is away refuses."""
+        with self._lock:
+            number = next(self._numbers)
+        began = time.monotonic()
+        try:
+            kept = client.recognize(picture(number), LABELS).adaptation
+        except Exception:
+            with self._lock:
+                self.refused += 1
+            time.sleep(0.1)
+            return
+        with self._lock:
+            self.times_s.append(time.monotonic() - began)
+            if kept.status == "queued" and kept.query_id:
+                self.acked.add(kept.query_id)
+            else:
+                self.skipped[kept.reason or kept.status] += 1
+
+    @contextmanager
+    def busy(self, product: Product, clients: int = CLIENTS) -> Iterator[None]:
+        """Clients that ask on and on, wherever the product answers now."""
+        stop = threading.Event()
+
+        def ask() -> None:
+            while not stop.is_set():
+                with suppress(Exception), product.client(max_retries=0, timeout=20) as client:
+                    url = product.url
+                    while product.url == url and not stop.is_set():
+                        self.once(client)
+
+        threads = [threading.Thread(target=ask) for _ in range(clients)]
+        for thread in threads:
+            thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+
+
+@dataclass(frozen=True, slots=True)
+class Ledger:
+    """What became of acknowledged queries."""
+
+    acked: frozenset[str]  # as clients were told
+    counts: dict[str, int]  # as the server counts
+    kept: frozenset[str]  # still in the stream
+    trained: Counter[str]  # by id, over the versions that were live
+    kills: str
+
+    @property
+    def difference(self) -> int:
+        """Of the ledger; and more was never acknowledged than is in it."""
+        settled = sum(self.counts.get(name, 0) for name in OUTCOMES)
+        return self.counts.get("acked", 0) - settled - len(self.kept)
+
+    @property
+    def lost(self) -> int:
+        """Acknowledged, and neither kept nor trained nor settled in another way."""
+        unseen = len(self.acked - self.kept - self.trained.keys())
+        otherwise = sum(self.counts.get(name, 0) for name in OUTCOMES if name != "trained")
+        missing = len(self.acked) - self.counts.get("acked", 0)
+        return max(0, unseen - otherwise, missing)
+
+
+@cache
+def ledger(short: bool, seed: int, broken: str) -> Ledger:
+    """Kill everything at random times while clients ask, then look at what is left.
+
+    R1, R2 and R3 read the same run.
+    """
+    dice, asked, told = random.Random(seed), Asked(), []
+    with tempfile.TemporaryDirectory() as folder:
+        home = Path(folder, "home")
+        product = Product(home, "dies-before-settling", **QUICK)
+        with product, asked.busy(product):
+            for part in PARTS * (1 if short else 20):
+                eventually(lambda: product.pid("worker") is not None and product.pid("redis") is not None)
+                _some_more(asked)
+                pause_s = dice.uniform(0, 3)
+                time.sleep(pause_s)
+                told.append(f"{part} {pause_s:.2f}")
+                product.kill(part)
+                if part in ("server", "all"):
+                    product.start()
+            _some_more(asked)
+        with product, product.client() as client:  # it learns on what is left idle: soon nobody asks any more
+            for _ in range(12):
+                asked.once(client)
+            eventually(lambda: _has_gone_on(home), 60 if broken else LEARNED_S)
+        # Everybody has stopped in good order: the file is what a restart would find.
+        store = AdapterStore(home / "store")
+        trained = Counter(
+            query_id
+            for number in store.promoted()
+            if store.manifest(number).origin == "worker"
+            for query_id in store.manifest(number).query_ids
+        )
+        counts, kept = _left(home)
+    return Ledger(frozenset(asked.acked), counts, kept, trained, ", ".join(told))
+
+
+def _some_more(asked: Asked, num: int = 6) -> None:
+    enough = len(asked.acked) + num
+    eventually(lambda: len(asked.acked) >= enough, 120)
+
+
+def _has_gone_on(home: Path) -> bool:
+    """Whether the worker has published something after it died before settling."""
+    marker, store = home / "died-before-settling", AdapterStore(home / "store")
+    live = store.manifest(store.live().version)
+    return marker.exists() and live.created > marker.stat().st_mtime
+
+
+def _left(home: Path) -> tuple[dict[str, int], frozenset[str]]:
+    """The ledger and the ids in the stream of a home whose server is not running."""
+    server = EmbeddedValkey.start(home, 10**9)
+    try:
+        with redis.Redis.from_url(server.url, decode_responses=True) as client:
+            counts = {name: int(value) for name, value in client.hgetall("servetune:{default}:ledger").items()}  # type: ignore[union-attr]
+            entries = client.xrange("servetune:{default}:queries")
+            return counts, frozenset(fields["query"] for _, fields in entries)  # type: ignore[union-attr]
+    finally:
+        server.stop()
+
+
+@promise("R1", "no acknowledged query is lost")
+def nothing_is_lost(trial: Trial) -> Found:
+    found = ledger(trial.short, trial.seed, trial.broken)
+    figure = f"{found.lost} of {len(found.acked)} lost; killed after s: {found.kills}"
+    return Found(found.lost == 0 and len(found.acked) > 20, figure)
+
+
+@promise("R2", "the ledger balances")
+def it_balances(trial: Trial) -> Found:
+    found = ledger(trial.short, trial.seed, trial.broken)
+    kept = {**found.counts, "in the stream": len(found.kept)}
+    return Found(found.difference == 0, f"difference {found.difference}: {kept}")
+
+
+@promise("R3", "a query is trained on at most once")
+def at_most_once(trial: Trial) -> Found:
+    found = ledger(trial.short, trial.seed, trial.broken)
+    twice = sum(count > 1 for count in found.trained.values())
+    return Found(twice == 0 and bool(found.trained), f"{twice} of {len(found.trained)} trained twice")
+
+
+@promise("R5", "poison is set aside, and takes no other query with it")
+def poison_is_set_aside(trial: Trial) -> Found:
+    """One query ends the worker by SIGKILL wherever it is learned from (`breaking/mutations.py`)."""
+    others = trial.times(24, 999)
+    product = Product(trial.folder / "home", "poison", **QUICK | {"max_deliveries": 3})
+    with product, product.client() as client:
+        asked = Asked()
+        for number in range(others):
+            asked.once(client)
+            if number == others // 2:
+                client.answer(picture(10**6), "a question that is poison")
+
+        def settled() -> bool:
+            buffer = client.adaptation.status().buffer
+            return buffer.connected and buffer.waiting + buffer.pending == 0
+
+        eventually(settled, 60 if trial.broken else SETTLED_S)
+        counts = client.adaptation.status().buffer.ledger
+    done = sum(counts[name] for name in ("trained", "no_signal", "rejected"))
+    return Found(
+        counts["dead"] == 1 and done == len(asked.acked) == others,
+        f"{counts['dead']} dead, {done} of {others} done",
+    )
+
+
+@promise("R7", "Redis down is not our outage", timed=True)
+def redis_is_not_our_outage(trial: Trial) -> Found:
+    """Redis killed and kept down, then hung; answers go on, and buffering comes back."""
+    seconds = trial.times(6, 60)
+    if not Path("/proc").is_dir():
+        raise Skip("needs /proc to find the processes")
+    with Product(trial.folder / "home", **QUICK | {"worker": False}) as product, product.client() as client:
+        usual, hung, after = Asked(), Asked(), Asked()
+        _ask_for(usual, client, seconds)
+        pid = product.pid("redis")
+        assert pid
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            _ask_for(hung, client, seconds)
+        finally:
+            os.kill(pid, signal.SIGCONT)
+        began = time.monotonic()
+        while not after.acked and time.monotonic() - began < 30:
+            after.once(client)
+        back_s = time.monotonic() - began
+        down = _killed_on_and_on(product, client, seconds)
+    failed = usual.refused + hung.refused + after.refused + down.refused
+    slower_ms = 1e3 * (max(_p99(hung), _p99(down)) - _p99(usual))
+    figure = f"{failed} failed, p99 +{slower_ms:.0f} ms, buffering back after {back_s:.1f} s"
+    enough = min(len(hung.times_s), len(down.times_s)) > 5 and not hung.acked
+    return Found(failed == 0 and back_s <= 5 and slower_ms <= 50 + 20 and enough, figure)
+
+
+def _ask_for(asked: Asked, client: Client, seconds: float) -> None:
+    began = time.monotonic()
+    while time.monotonic() - began < seconds:
+        asked.once(client)
+
+
+def _killed_on_and_on(product: Product, client: Client, seconds: float) -> Asked:
+    asked, stop = Asked(), threading.Event()
+
+    def kill() -> None:
+        while not stop.wait(0.02):
+            product.kill("redis")
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        _ask_for(asked, client, seconds)
+    finally:
+        stop.set()
+        killer.join()
+    return asked
+
+
+def _p99(asked: Asked) -> float:
+    ranked = sorted(asked.times_s)
+    return ranked[min(len(ranked) - 1, int(0.99 * len(ranked)))]

@@ -1,0 +1,29 @@
+"""The promises that can be broken only for a reason, in their short form (`python -m benchmarks.promises` has all).
+
+Those that need no server of their own are also seen to fail when what they check is broken on purpose.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.promises.__main__ import check
+from benchmarks.promises.breaking import MUTATIONS
+from benchmarks.promises.rows import ROWS
+
+QUICK = {"A1", "A5", "A6", "P4", "P7", "S1", "S2", "S6", "S7"}
+
+
+@pytest.mark.parametrize("name", [name for name, row in ROWS.items() if not row.timed and name != "P2"])
+def test_a_promise_is_kept(name: str) -> None:
+    found = check(ROWS[name], short=True, seed=0, broken=False)
+    assert found.kept, found.figure
+
+
+@pytest.mark.parametrize("name", sorted(QUICK))
+def test_a_broken_promise_is_noticed(name: str) -> None:
+    assert not check(ROWS[name], short=True, seed=0, broken=True).kept
+
+
+def test_every_promise_can_be_broken() -> None:
+    assert ROWS.keys() <= MUTATIONS.keys()
