@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 TYPES := .cache/types/servetune
 FOLDERS := server adapters clients nano evals
 
-.PHONY: setup serve test check format lint types demo bench nano clean
+.PHONY: setup serve test check format lint types demo bench promises soak nano clean
 
 setup: $(STAMP)  ## make the environment; a second call does nothing
 
@@ -44,6 +44,12 @@ demo: setup  ## stream images of an unseen style through the API and plot what w
 
 bench: setup  ## every benchmark; writes benchmarks/RESULTS.md
 	$(BIN)/python -m benchmarks
+
+promises: setup  ## every promise in its short form, as kept by this machine; writes docs/promises.md
+	$(BIN)/python -m benchmarks.promises --short --write docs/promises.md
+
+soak: setup  ## promises in their long form: hours for all of them, or ROW=R1
+	$(BIN)/python -m benchmarks.promises $(if $(ROW),--rows $(ROW))
 
 nano: setup  ## train the embedded model again from the registries' packages
 	$(BIN)/python -m servetune.nano.train

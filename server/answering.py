@@ -1,8 +1,9 @@
 """What the model does with queries that wait for it: they are answered together, whatever version they are for.
 
 Their images are encoded, their prompts forwarded and their greedy answers grown as rows of one batch, where the
-family allows it; each row has the adapter of its version. An answer is handed out as soon as it is there. While a long one grows, what has come meanwhile
-is answered in between, so that a short question never waits for somebody's essay.
+family allows it; each row has the adapter of its version. An answer is handed out as soon as it is there. While a
+long one grows, what has come meanwhile is answered in between, so that a short question never waits for somebody's
+essay.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from servetune.server.errors import as_service_error, problem
 from servetune.server.idempotency import Idempotency
 from servetune.server.images import ImageReader
 from servetune.server.middleware import BodyCap, Boundary, LocalOnly
+from servetune.server.quota import Quota
 from servetune.server.service import AnswerService, Services
 from servetune.server.settings import Settings
 
@@ -57,7 +58,9 @@ def create_app(
         exception_handlers={HTTPException: _render, RequestValidationError: _render},
         openapi_url=None,  # served by our own routes, behind the same keys as the rest
     )
-    app.state.services = Services(settings, engine, store, buffer, access, audit, answers)
+    app.state.services = Services(
+        settings, engine, store, buffer, access, audit, answers, Quota(settings.requests_per_minute)
+    )
     app.include_router(routes.router)
     if access.has_admin_key:
         app.include_router(admin.router)

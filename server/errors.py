@@ -49,6 +49,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "image_url_disabled": (422, "Image addresses are switched off"),
     "image_url_refused": (422, "The image address was refused"),
     "idempotency_mismatch": (422, "The Idempotency-Key was used for another request"),
+    "rate_limited": (429, "Too many questions from this key"),
     "client_closed_request": (499, "The client went away"),
     "internal_error": (500, "Something went wrong inside the server"),
     "adapter_corrupt": (500, "A stored version is damaged"),

@@ -32,6 +32,14 @@ async def _services(request: Request) -> Services:  # async: a plain function wo
 ServicesDep = Annotated[Services, Depends(_services)]
 UserDep = Annotated[Principal, Depends(Require("user"))]
 OPEN = [Depends(Require("open"))]
+
+
+async def _asker(caller: UserDep, services: ServicesDep) -> Principal:
+    """Who asks a question, within what their key may ask."""
+    services.quota.admit(caller.id)
+    return caller
+
+
 USER = [Depends(Require("user"))]
 
 
@@ -65,14 +73,16 @@ ASK_BODY: dict[str, Any] = {
         )
     ],
 }
-ASK_PROBLEMS = problems(400, 401, 404, 408, 409, 413, 415, 422, 500, 503)
+ASK_PROBLEMS = problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503)
 
 router = APIRouter()
 
 
 @router.post("/v1/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
 @router.post("/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
-async def answer(request: Request, services: ServicesDep, caller: UserDep) -> Response:
+async def answer(
+    request: Request, services: ServicesDep, caller: Annotated[Principal, Depends(_asker)]
+) -> Response:
     """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
     asked = await parse_question(request.headers, await request.body())
     work = services.answers.answer(

@@ -35,6 +35,7 @@ from servetune.server.engine import Engine, Outcome, QueueFull
 from servetune.server.errors import ServiceError
 from servetune.server.ids import new_id
 from servetune.server.images import ImageReader
+from servetune.server.quota import Quota
 from servetune.server.settings import Settings
 
 log = structlog.get_logger("servetune.service")
@@ -282,3 +283,4 @@ class Services:
     access: Access
     audit: AuditLog
     answers: AnswerService
+    quota: Quota

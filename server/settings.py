@@ -41,6 +41,9 @@ class Settings(BaseSettings):
     max_image_side: int = Field(12_000, ge=64)
     decode_side: int = Field(2048, ge=64, description="longest side an image is decoded to, in pixels")
     image_hosts: tuple[str, ...] = Field((), description="https hosts that image URLs may name; none: off")
+    requests_per_minute: int | None = Field(
+        None, ge=1, description="questions from each key; ten seconds' worth at once. Default: no limit"
+    )
     queue_size: int = Field(256, ge=1, description="requests waiting for the engine before 503")
     queue_wait_s: float = Field(
         2.0, gt=0, description="expected wait for the engine from which on a request gets 503"

@@ -1,4 +1,4 @@
-"""The promises that can be broken only for a reason, in their short form (`python -m benchmarks.promises` has all).
+"""The promises that only a defect can break, in their short form (`python -m benchmarks.promises` has all).
 
 Those that need no server of their own are also seen to fail when what they check is broken on purpose.
 """

@@ -24,7 +24,7 @@ from servetune.server.errors import PROBLEMS
 from servetune.server.idempotency import Replies, Reply
 from servetune.server.ids import new_id
 from servetune.server.service import AnswerService
-from tests.fakes import ADMIN, ADMIN_KEY, World, base64_png, png, until
+from tests.fakes import ADMIN, ADMIN_KEY, USER, USER_KEY, World, base64_png, png, until
 
 
 @pytest.fixture
@@ -468,6 +468,23 @@ async def test_a_full_server_refuses_before_decoding(tmp_path: Path) -> None:
 
 
 # --- idempotency -------------------------------------------------------------------------------------
+
+
+async def test_a_key_that_asks_too_often_is_told_when_to_ask_again(tmp_path: Path) -> None:
+    world = World(tmp_path, user_keys=(USER_KEY,), requests_per_minute=12)  # two at once, then one every 5 s
+    asked = {"image": base64_png(), "question": "what?"}
+
+    async def ask(headers: dict[str, str]) -> httpx2.Response:
+        return await world.client.post("/answer", json=asked, headers=headers)
+
+    assert [(await ask(USER)).status_code for _ in range(2)] == [200, 200]
+    reply = await ask(USER)
+    check_problem(reply, 429, "rate_limited")
+    assert reply.headers["retry-after"] == "5"
+    assert reply.headers["ratelimit-policy"] == '"questions";q=12;w=60'
+    assert (await ask(ADMIN)).status_code == 200, "every key has its own"
+    assert (await world.client.get("/info", headers=USER)).status_code == 200, "questions alone are counted"
+    assert len(world.engine.asked) == 3
 
 
 async def test_the_same_request_is_answered_once(world: World) -> None:

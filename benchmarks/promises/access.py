@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
+import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 
 import httpx2
 
-from benchmarks.promises.product import Product
+from benchmarks.promises.product import Product, picture
 from benchmarks.promises.rows import Found, Trial, promise
 from servetune.server.audit import AuditLog
+from servetune.server.quota import BURST_S
 
 OPEN = {"/livez", "/readyz", "/health", "/healthz"}
 ADMIN = re.compile(r"/v1/(adapters|adaptation|audit)\b")
@@ -40,11 +46,56 @@ def every_route_is_guarded(trial: Trial) -> Found:
     )
 
 
+def _encoded() -> str:
+    file = io.BytesIO()
+    picture(0).resize((64, 64)).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+IMAGE = _encoded()
+
+
 def _shut_out(path: str) -> set[str]:
     """The keys with which a route must refuse."""
     if path in OPEN:
         return set()
     return {"none", "wrong", "user"} if ADMIN.match(path) else {"none", "wrong"}
+
+
+@promise("T4", "limits are fair", timed=True)
+def limits_are_fair(trial: Trial) -> Found:
+    """One key asks as fast as it can, another at half of what it may."""
+    seconds, per_minute = trial.times(6, 60), 240
+    keys = [f"stu_client{letter}.{letter * 40}" for letter in "ab"]
+    found: dict[str, Counter[int]] = {key: Counter() for key in keys}
+    silent = 0
+    settings = {"api_keys": json.dumps(keys), "requests_per_minute": per_minute, "queue_wait_s": 60}
+    with Product(trial.folder / "home", worker=False, **settings) as product:
+
+        def ask(key: str, pause_s: float) -> None:
+            nonlocal silent
+            body = {"image": IMAGE, "question": "what is this?", "adapt": False}
+            headers = {"Authorization": f"Bearer {key}"}
+            with httpx2.Client(base_url=product.url, headers=headers, timeout=60) as http:
+                while time.monotonic() < until:
+                    reply = http.post("/answer", json=body)
+                    found[key][reply.status_code] += 1
+                    silent += reply.status_code == 429 and "retry-after" not in reply.headers
+                    time.sleep(pause_s)
+
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=ask, args=(keys[0], 0.0)) for _ in range(4)]
+        threads.append(threading.Thread(target=ask, args=(keys[1], 120 / per_minute)))
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    most = per_minute / 60 * (seconds + BURST_S)
+    greedy, modest = found[keys[0]], found[keys[1]]
+    good = 0 < greedy[200] <= 1.01 * most + 1 and greedy[429] > greedy[200] and modest[429] == silent == 0
+    figure = f"{greedy[200]} of {greedy.total()} answered (at most {most:.0f}), "
+    figure += f"the other's {modest[200]} of {modest.total()}"
+    return Found(good, figure)
 
 
 @promise("T5", "what administrators do is on record")

@@ -25,7 +25,7 @@ from benchmarks.promises.rows import Found, Trial, promise
 MB = 2**20
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home|/root|/tmp/|site-packages|\.py\b|st[au]_[a-z0-9]+\.")
 JSON = {"Content-Type": "application/json"}
-FORMATS = ("GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX", "SGI", "JPEG2000", "PDF", "EPS", "IM", "MSP", "DIB")
+FORMATS = ("GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX", "SGI", "JPEG2000", "PDF", "EPS", "AVIF", "MSP", "DIB")
 SECRET = "canary-3f2a"  # a word in questions that no reply may repeat
 
 

@@ -289,6 +289,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
     "T1": [Mutation("servetune.server.access", "Access.authorize", _anybody)],
+    "T4": [Mutation("servetune.server.quota", "Quota.admit", always(None))],
     "T5": [Mutation("servetune.server.audit", "AuditLog.first_broken", always(None))],
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
     "R2": [Mutation("servetune.server.buffer", "QueryStream.settle", _uncounted)],
