@@ -48,6 +48,11 @@ class ByteCache:
         while self.num_bytes > self.max_bytes:
             self.num_bytes -= self._values.popitem(last=False)[1][1]
 
+    def clear(self) -> None:
+        """Keep nothing of what was put so far."""
+        self._values.clear()
+        self.num_bytes = 0
+
 
 def tensors(value: Any) -> Iterator[Tensor]:
     """The tensors in nested mappings and sequences, and in what has `tensors` of its own."""

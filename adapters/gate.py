@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 
@@ -101,6 +101,13 @@ class Gate:
         closed = [(query, seen) for query, seen in zip(queries, observations, strict=True) if query.labels]
         live = self._views(self.live, [query for query, _ in closed], [seen for _, seen in closed])
         self._shown.extend(view.answer for view in live)
+
+    def forget(self, ids: Collection[str]) -> None:
+        """Drop some queries from the replay."""
+        gone = set(ids)
+        kept = [one for one in self._replay if one.query.id not in gone]
+        self._replay.clear()
+        self._replay.extend(kept)
 
     @torch.no_grad()
     def judge(self, witnesses: Sequence[Lesson] = (), convict: bool = False) -> Verdict:

@@ -105,9 +105,13 @@ class Memory:
         while len(self._ballots) > max(1, self.size) or (self._bytes > self.max_bytes and len(self._ballots) > 1):
             self._bytes -= self._ballots.popleft().num_bytes
 
+    def ids(self) -> set[str]:
+        """Of the queries remembered."""
+        return {ballot.query.id for ballot in self._ballots}
+
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Drop the ballots of some queries, or all."""
-        gone = {b.query.id for b in self._ballots}
+        gone = self.ids()
         gone &= gone if ids is None else set(ids)
         if not gone:
             return

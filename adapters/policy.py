@@ -228,6 +228,10 @@ class Policy:
             self._seen.put(picture, features[picture])
         return list(map(Observation, prompts, map(features.__getitem__, pictures), contents))
 
+    def forget_images(self) -> None:
+        """Keep nothing of what was seen."""
+        self._seen.clear()
+
     def warm(self) -> None:
         """Find out now, and not with the first queries, what the family can do for several of them together."""
         queries = [Query("warm", (Image.new("RGB", (64, 64), color),), "?") for color in ("white", "black")]

@@ -196,6 +196,10 @@ class Learner:
                 "cpu" if kind == "step" else parameter.device
             )
 
+    def remembered(self) -> set[str]:
+        """Ids of the queries that have a say in what is learned now."""
+        return self.memory.ids()
+
     def forget(self, ids: Iterable[str] | None = None) -> None:
         """Never replay some queries again, or any."""
         self.memory.forget(ids)

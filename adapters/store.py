@@ -17,7 +17,7 @@ import re
 import shutil
 import tarfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -37,6 +37,7 @@ WEIGHTS, CONFIG, OPTIMIZER, MANIFEST = (
     "manifest.json",
 )
 MANIFEST_DIGEST = f"{MANIFEST}.sha256"
+ERASED_KEPT = 100_000  # ids, for workers that have not heard of them
 RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"v(\d{4,9})")
@@ -72,6 +73,12 @@ class NameTaken(StoreError):
     code = "name_taken"
 
 
+class ErasedQuery(StoreError):
+    """A version must not be published that learned from a query which was erased."""
+
+    code = "query_erased"
+
+
 class ForeignStore(StoreError):
     """The store's versions belong to another base model or another shape of adapter."""
 
@@ -84,6 +91,14 @@ class Alias:
 
     version: int
     generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """Versions that are gone because of what they learned from, and where `live` points now."""
+
+    dropped: tuple[int, ...]
+    live: Alias
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +159,7 @@ class AdapterStore:
         self.folder = root / adapter
         self._aliases = self.folder / "aliases.json"
         self._pause_mark = self.folder / "learning.paused"
+        self._erased = self.folder / "erased.json"
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -220,6 +236,14 @@ class AdapterStore:
         """Versions that were live at some time, in the order of their first time."""
         return list(self._read_aliases().get("promoted", ()))
 
+    def erased(self) -> tuple[int, list[str]]:
+        """How many queries were erased so far, and which; of very many, the latest."""
+        try:
+            content = json.loads(self._erased.read_bytes())
+        except FileNotFoundError:
+            return 0, []
+        return content["count"], content["ids"]
+
     @property
     def paused(self) -> bool:
         """Is learning switched off by the operator?"""
@@ -239,6 +263,7 @@ class AdapterStore:
         with self._lock():
             for leftover in self.folder.glob(".staging-*"):
                 shutil.rmtree(leftover)
+            self._remove(self._read_aliases().get("dropped", ()))  # where a crash came between
             if BASE not in self.versions():
                 draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
                 self._write(BASE, draft, config, base_digest)
@@ -254,8 +279,10 @@ class AdapterStore:
             )
 
     def publish(self, draft: Draft) -> Manifest:
-        """Write a new immutable version; no alias moves."""
+        """Write a new immutable version; no alias moves. Raises ErasedQuery."""
         with self._lock():
+            if gone := set(self.erased()[1]).intersection(draft.query_ids):
+                raise ErasedQuery(f"{len(gone)} of the queries it learned from were erased")
             return self._publish(draft)
 
     def promote(self, version: int, expected_generation: int | None = None) -> Alias:
@@ -309,6 +336,32 @@ class AdapterStore:
             self._move_live(made.version, None)
             return made
 
+    def erase(self, query_ids: Collection[str]) -> Erasure:
+        """Drop the versions that learned from some queries, and all that came from them.
+
+        `live` and `last-good` go back to the nearest version on their way that stays; other aliases of what is
+        dropped end. Numbers are not given again.
+        """
+        with self._lock():
+            dropped = self._taught_by(set(query_ids))
+            content = self._read_aliases()
+            aliases, before = content["aliases"], content["aliases"]["live"]
+            for alias, number in list(aliases.items()):
+                if number in dropped and alias not in ("live", "last-good"):
+                    del aliases[alias]
+                while aliases.get(alias) in dropped:
+                    aliases[alias] = dropped[aliases[alias]]
+            content["generation"] += aliases["live"] != before
+            content["promoted"] = [number for number in content["promoted"] if number not in dropped]
+            content["newest"] = self._newest()
+            content["dropped"] = [*content.get("dropped", ()), *dropped]
+            count, known = self.erased()
+            erased = {"count": count + len(query_ids), "ids": [*known, *query_ids][-ERASED_KEPT:]}
+            _replace(self._erased, json.dumps(erased))
+            self._write_aliases(content)
+            self._remove(dropped)
+            return Erasure(tuple(dropped), Alias(aliases["live"], content["generation"]))
+
     def num_learned(self) -> int:
         """Queries that the live version has learned from: its own and those of all that it goes back to."""
         number, version = 0, self.live().version
@@ -340,6 +393,28 @@ class AdapterStore:
 
     # --- inside --------------------------------------------------------------------------------------
 
+    def _taught_by(self, query_ids: set[str]) -> dict[int, int]:
+        """Versions that learned from queries, by themselves or by what they came from, with their parents."""
+        found: dict[int, int] = {}
+        for version in self.versions():  # a parent is older than what comes from it
+            try:
+                made = self.manifest(version)
+            except CorruptVersion:  # nobody knows what it learned from
+                found[version] = BASE
+                continue
+            if made.parent is not None and (made.parent in found or query_ids.intersection(made.query_ids)):
+                found[version] = made.parent
+        return found
+
+    def _newest(self) -> int:
+        """The highest number that was ever given."""
+        return max(self.versions()[-1], int(self._read_aliases().get("newest", BASE)))
+
+    def _remove(self, versions: Iterable[int]) -> None:
+        for version in versions:
+            shutil.rmtree(self._path(version), ignore_errors=True)
+        _sync(self.folder)
+
     def _path(self, version: int) -> Path:
         return self.folder / version_name(version)
 
@@ -356,7 +431,7 @@ class AdapterStore:
     def _publish(self, draft: Draft) -> Manifest:
         base = self.manifest(BASE)
         config = json.loads(self._verified(BASE, CONFIG))
-        return self._write(self.versions()[-1] + 1, draft, config, base.base_digest)
+        return self._write(self._newest() + 1, draft, config, base.base_digest)
 
     def _copy(self, source: int, origin: Origin, label: str | None, metadata: dict[str, str]) -> Manifest:
         made = self.manifest(source)
@@ -436,19 +511,24 @@ class AdapterStore:
         return content
 
     def _write_aliases(self, content: dict[str, Any]) -> None:
-        staging = self._aliases.with_suffix(".staging")
-        with staging.open("w") as file:
-            json.dump(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staging, self._aliases)
-        _sync(self.folder)
+        _replace(self._aliases, json.dumps(content))
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         with (self.folder / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _replace(path: Path, text: str) -> None:
+    """Put a small file in place of another, at once and for good."""
+    staging = path.with_suffix(".staging")
+    with staging.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(staging, path)
+    _sync(path.parent)
 
 
 def _digest_line(manifest: bytes) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from servetune.clients.exports import check_free, unpack
 from servetune.clients.replies import nothing, reads, reads_rows
 from servetune.clients.session import Call, Rows, Session, Steps, Work
-from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, VersionInfo
+from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, Erased, VersionInfo
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -134,6 +134,11 @@ def pause(session: Session, *, idempotency_key: str | None = None) -> Steps[Adap
 def resume(session: Session, *, idempotency_key: str | None = None) -> Steps[AdaptationStatus]:
     """Learn again. Raises APIError."""
     return session.send(_post("/v1/adaptation/resume", AdaptationStatus, {}, idempotency_key))
+
+
+def erase(session: Session, query_ids: Sequence[str], *, idempotency_key: str | None = None) -> Steps[Erased]:
+    """Erase queries wherever they are, with the versions that learned from them. Raises APIError."""
+    return session.send(_post("/v1/adaptation/erase", Erased, {"query_ids": list(query_ids)}, idempotency_key))
 
 
 def audit(session: Session, cursor: str | None, *, page_size: int | None = None) -> Steps[Rows[AuditEntry]]:

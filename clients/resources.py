@@ -39,6 +39,7 @@ class Adaptation(Blocking):
 
     status = blocking(admin.status)
     pause = blocking(admin.pause)
+    erase = blocking(admin.erase)
     resume = blocking(admin.resume)
     audit = blocking_each(admin.audit)
 
@@ -48,5 +49,6 @@ class AsyncAdaptation(Awaiting):
 
     status = awaiting(admin.status)
     pause = awaiting(admin.pause)
+    erase = awaiting(admin.erase)
     resume = awaiting(admin.resume)
     audit = awaiting_each(admin.audit)

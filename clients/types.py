@@ -263,6 +263,22 @@ class ResetRequest(Request):
     purge_buffer: bool = False
 
 
+QueryId = Annotated[str, Field(min_length=1, max_length=64)]
+
+
+class EraseRequest(Request):
+    query_ids: Annotated[list[QueryId], Field(min_length=1, max_length=1000)]
+
+
+class Erased(Result):
+    """What erasing queries did: how many waited, which versions are gone, and what is live now."""
+
+    withdrawn: int
+    dropped: list[str]
+    live: str
+    serving: str
+
+
 class BufferStatus(Result):
     """The query buffer: `connected` false means answers go on and nothing is learned."""
 

@@ -19,6 +19,8 @@ from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
     AdapterInfo,
+    Erased,
+    EraseRequest,
     Page,
     PromoteRequest,
     ResetRequest,
@@ -205,6 +207,30 @@ async def pause(operator: OperatorDep) -> AdaptationStatus:
 async def resume(operator: OperatorDep) -> AdaptationStatus:
     """Learn again."""
     return await _set_paused(operator, "adaptation_resumed", False)
+
+
+@router.post("/adaptation/erase")
+async def erase(body: EraseRequest, operator: OperatorDep) -> Erased:
+    """Erase queries wherever they are: in the buffer, in memory, and in versions that learned from them.
+
+    Those versions are dropped with all that came from them; `live` goes back to the nearest one that stays.
+    """
+    services = operator.services
+    if not (await services.buffer.status()).connected:
+        raise ServiceError("buffer_unavailable")  # before anything is gone: the caller will try again
+    withdrawn = 0
+    for query_id in body.query_ids:
+        withdrawn += await services.buffer.withdraw(query_id)
+    erasing = asyncio.to_thread(services.store.erase, body.query_ids)
+    gone = await operator.act("queries_erased", {"num": len(body.query_ids)}, erasing)
+    await services.engine.forget(gone.dropped)
+    await services.buffer.compact()
+    return Erased(
+        withdrawn=withdrawn,
+        dropped=[version_name(number) for number in gone.dropped],
+        live=version_name(gone.live.version),
+        serving=version_name(services.engine.serving),
+    )
 
 
 async def _set_paused(operator: Operator, event: str, paused: bool) -> AdaptationStatus:

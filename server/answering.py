@@ -90,6 +90,10 @@ class Answering:
         """Let a job wait; whoever adds one sees to it that `turn` is called."""
         self._pending.append(job)
 
+    def forget_prompts(self) -> None:
+        """Keep nothing of the prompts so far. On the policy's thread."""
+        self._prompts.clear()
+
     def cancel(self) -> None:
         """Nothing that waits will be answered."""
         while self._pending:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -76,7 +77,11 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.answers.start()
     await services.engine.start()
+    own_redis = services.settings.redis_url is None
+    compacting = asyncio.create_task(services.buffer.keep_compact()) if own_redis else None
     yield
+    if compacting:
+        compacting.cancel()
     await services.answers.drain()
     await services.engine.stop()
     await services.buffer.close()

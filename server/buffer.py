@@ -46,6 +46,7 @@ CONNECTIONS = 16
 ANSWER_S = 1.0  # longest wait for one reply on the API's side
 RETRY_S = 1.0  # while Redis is down, one attempt per this time
 WORKER_ANSWER_S = 10.0  # the worker may block; it must still notice a Redis that hangs
+COMPACT_S = 5.0, 3600.0  # least and longest pause between two rewritings of the file
 PURGE_CHUNK = 500  # queries that one call withdraws, so that Redis serves others in between
 FORGET_LEASES = 100  # a consumer silent for this many leases is not coming back
 
@@ -177,6 +178,30 @@ class QueryBuffer:
         while count := int(await self._call("purge", PURGE_CHUNK)):
             erased += count
         return erased
+
+    async def compact(self) -> None:
+        """Have Redis write its file anew, without what was erased. Raises BufferUnavailable.
+
+        A Redis that refuses this is its operator's to compact: what is left there stays sealed.
+        """
+        await self._shielded(self._compact())
+
+    async def keep_compact(self) -> None:
+        """Write the file anew as often as what leaves the buffer asks for; runs until it is cancelled."""
+        pause_s = min(COMPACT_S[1], max(COMPACT_S[0], self._settings.buffer_ttl_s / 10))
+        before = 0
+        while True:
+            await asyncio.sleep(pause_s)
+            found = await self.status()
+            gone = found.ledger.get("acked", 0) - found.waiting - found.pending
+            if found.connected and gone != before:
+                with suppress(BufferUnavailable):
+                    await self.compact()
+                    before = gone
+
+    async def _compact(self) -> None:
+        with self._circuit, suppress(ResponseError):  # one is under way, or this user may not
+            await self._redis.execute_command("BGREWRITEAOF")
 
     async def status(self) -> BufferStatus:
         """What is stored and what became of the rest. Never raises: `connected` tells."""

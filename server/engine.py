@@ -12,7 +12,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -274,6 +274,17 @@ class Engine:
             before, self.serving = self.serving, live.version
             log.info("swapped", version=version_name(live.version), previous=version_name(before))
         return self.serving
+
+    async def forget(self, versions: Collection[int]) -> None:
+        """Keep neither what was seen nor, once their last answer is given, versions that are gone."""
+        for version in versions:
+            if not self._leases[version]:
+                self._resident.pop(version, None)
+        await self._run(self._forget)
+
+    def _forget(self) -> None:
+        self._policy.forget_images()
+        self._answering.forget_prompts()
 
     async def _watch(self) -> None:
         while True:

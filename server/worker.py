@@ -22,7 +22,15 @@ from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import AdapterStore, AliasMoved, CorruptVersion, Draft, StoreError, version_name
+from servetune.adapters.store import (
+    AdapterStore,
+    AliasMoved,
+    CorruptVersion,
+    Draft,
+    ErasedQuery,
+    StoreError,
+    version_name,
+)
 from servetune.adapters.types import BASE, StepMetrics, Verdict
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
@@ -69,6 +77,8 @@ class Worker:
         self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
         self._adrift = False  # a turn broke off, and the candidate with it
+        self._named: set[str] = set()  # remembered queries that a version of this line names
+        self._num_erased = self._store.erased()[0]
         self._live = self._store.live()
         self._follow()
 
@@ -94,6 +104,7 @@ class Worker:
             self._report("paused")
             self._stop.wait(POLL_S)
             return
+        self._forget_erased()
         if self._adrift or self._store.live() != self._live:
             self._give_back()
         batch = self._gather()
@@ -201,6 +212,9 @@ class Worker:
             self.learner.forget()
             self._give_back()
             return
+        except ErasedQuery:
+            self._forget_erased()
+            return
         self._settle(self._held, "trained")
         self._held = []
         self._first_step = self.learner.steps
@@ -219,6 +233,9 @@ class Worker:
 
     def _publish(self, verdict: Verdict) -> None:
         weights, moments = self.learner.state()
+        # Whatever is remembered has a say in what is learned, also what was settled without a signal of its own.
+        remembered = self.learner.remembered()
+        query_ids = tuple(dict.fromkeys([*(d.query.id for d in self._held), *sorted(remembered - self._named)]))
         self._policy.use(SLOTS[0])
         made = self._store.publish(
             Draft(
@@ -232,7 +249,7 @@ class Worker:
                 ),
                 generation=self._live.generation,
                 step_range=(self._first_step + 1, self.learner.steps),
-                query_ids=tuple(d.query.id for d in self._held),
+                query_ids=query_ids,
                 metrics=self._status.last_step,
                 gate=verdict.as_dict(),
             )
@@ -240,6 +257,7 @@ class Worker:
         self._promote(made.version, self._live.generation)
         self._policy.load(SLOTS[1], weights)
         self.learner.accept()
+        self._named = remembered
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
@@ -261,6 +279,7 @@ class Worker:
         with suppress(AliasMoved):  # the operator's act wins
             # The same line goes on, so what is remembered of it stays.
             self._live = self._store.rollback(target, self._live.generation)
+            self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
             self._audit.append("adapter_rolled_back", "worker", None, details)
             log.warning("rolled_back", version=version_name(target), reasons=verdict.reasons)
@@ -309,6 +328,18 @@ class Worker:
         self._policy.load(SLOTS[1], weights)
         self.learner.load(weights, self._store.optimizer(live.version))
         self._first_step = self.learner.steps
+
+    def _forget_erased(self) -> None:
+        """Drop the candidate, the memory and the caches of queries that were erased since the last turn."""
+        count, ids = self._store.erased()
+        if count == self._num_erased:
+            return
+        log.info("erased", queries=count - self._num_erased)
+        self._num_erased = count
+        self._give_back()
+        self.learner.forget(ids)
+        self._gate.forget(ids)
+        self._policy.forget_images()
 
     def _give_back(self) -> None:
         """Drop the candidate and return its queries to the buffer."""

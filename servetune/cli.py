@@ -22,6 +22,7 @@ from servetune.clients import (
     Answer,
     AuditEntry,
     Client,
+    Erased,
     VersionInfo,
 )
 from servetune.connect import REFUSED, USAGE, OutputOption, command, fail
@@ -513,6 +514,14 @@ def pause(client: Client) -> AdaptationStatus:
 def resume(client: Client) -> AdaptationStatus:
     """Learn again."""
     return client.adaptation.resume()
+
+
+@command(app)
+def erase(
+    client: Client, query_ids: Annotated[list[str], typer.Argument(help="`query_id` of answers.")]
+) -> Erased:
+    """Erase queries wherever they are, with the versions that learned from them."""
+    return client.adaptation.erase(query_ids)
 
 
 @command(app)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -47,6 +47,7 @@ class FakeEngine:
         self.due_in_s: list[float | None] = []
         self.cancelled = 0
         self.life: list[str] = []
+        self.forgotten: list[tuple[int, ...]] = []
         self.pace_s = 0.0
 
     async def start(self) -> None:
@@ -68,6 +69,9 @@ class FakeEngine:
     async def refresh(self) -> int:
         self.serving = self.store.live().version
         return self.serving
+
+    async def forget(self, versions: Collection[int]) -> None:
+        self.forgotten.append(tuple(versions))
 
     def residency(self) -> tuple[list[int], dict[int, int]]:
         return sorted({0, self.serving}), {self.serving: 1}
@@ -118,6 +122,7 @@ class FakeBuffer:
         self.broken = False
         self.delay_s = 0.0
         self.unconfirmed = 0
+        self.compacted = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def put(self, query: Query, client: str) -> None:
@@ -150,6 +155,12 @@ class FakeBuffer:
         self.kept.clear()
         return count
 
+    async def compact(self) -> None:
+        self.compacted += 1
+
+    async def keep_compact(self) -> None:
+        await asyncio.Event().wait()
+
     async def status(self) -> BufferStatus:
         return BufferStatus(connected=not self.down, waiting=len(self.kept))
 
@@ -172,10 +183,11 @@ def make_store(root: Path) -> AdapterStore:
 
 
 def learn(store: AdapterStore, value: float) -> Manifest:
-    """Publish a version as a worker would."""
+    """Publish a version as a worker would, from the query `q_<value>`."""
     weights = {"layer.lora_A.weight": torch.full((2, 2), value)}
-    parent = store.live().version
-    return store.publish(Draft(weights=weights, origin="worker", parent=parent, probe=(0.0,), query_ids=("q_1",)))
+    ids = (f"q_{value:.0f}",)
+    draft = Draft(weights=weights, origin="worker", parent=store.live().version, probe=(0.0,), query_ids=ids)
+    return store.publish(draft)
 
 
 class World:

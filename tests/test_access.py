@@ -80,7 +80,7 @@ def test_every_route_declares_one_scope(tmp_path: Path) -> None:
     assert {path for path, declared in scopes.items() if declared == {"open"}} == OPEN
     admin = {path for path, declared in scopes.items() if declared == {"admin"}}
     assert admin == {path for path in scopes if path.startswith(("/v1/adap", "/v1/audit"))}
-    assert len(admin) == 13
+    assert len(admin) == 14
 
 
 def test_a_route_without_a_scope_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +99,7 @@ def keyed(tmp_path: Path) -> World:
 def paths(world: World) -> list[tuple[str, str]]:
     """A request for each route; POST where that is what it takes."""
     filled = [path.format(name="default", version="live") for path, _ in declared_scopes(world.app)]
-    acts = ("answer", "snapshot", "promote", "rollback", "reset", "pause", "resume")
+    acts = ("answer", "snapshot", "promote", "rollback", "reset", "pause", "resume", "erase")
     return [("POST" if path.endswith(acts) else "GET", path) for path in filled]
 
 
@@ -118,7 +118,7 @@ async def test_a_user_key_opens_no_admin_route_and_the_attempt_is_audited(keyed:
         assert (await keyed.client.request(method, path, headers=USER)).status_code == 403
     entries, _ = keyed.audit.page(limit=100)
     assert {(entry.event, entry.actor) for entry in entries} == {("access_refused", "stu_somebody")}
-    assert len(entries) == len(tried) == 13
+    assert len(entries) == len(tried) == 14
     assert USER_KEY.partition(".")[2] not in keyed.audit.path.read_text()
 
 

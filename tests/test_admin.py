@@ -170,6 +170,23 @@ async def test_a_reset_that_cannot_purge_changes_nothing_and_says_so(world: Worl
     assert world.store.live() == live
 
 
+async def test_erasing_takes_queries_out_of_everything(world: World) -> None:
+    """One waits, one was learned from; what learned from it is gone, and who served it goes back."""
+    kept = (await world.ask()).json()["adaptation"]["query_id"]
+    reply = (await post(world, "/v1/adaptation/erase", {"query_ids": [kept, "q_2", "q_unknown"]})).json()
+    assert reply == {"withdrawn": 1, "dropped": ["v0002"], "live": "v0001", "serving": "v0001"}
+    assert world.buffer.kept == {}
+    assert (world.engine.forgotten, world.buffer.compacted) == ([(2,)], 1)
+    assert newest(world).details == {"num": 3}, "the trail says how many, and not which"
+    world.buffer.down = True
+    assert refused(await post(world, "/v1/adaptation/erase", {"query_ids": ["q_1"]})) == (
+        503,
+        "buffer_unavailable",
+    )
+    assert world.store.versions() == [0, 1], "either everywhere or nowhere"
+    assert refused(await post(world, "/v1/adaptation/erase", {"query_ids": []})) == (422, "invalid_request")
+
+
 async def test_learning_is_paused_and_resumed(world: World) -> None:
     assert (await post(world, "/v1/adaptation/pause")).json()["paused"] is True
     assert world.store.paused

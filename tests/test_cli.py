@@ -64,6 +64,7 @@ STATUS = {
     "buffer": {"connected": True, "waiting": 3},
     "worker": {"state": "paused"},
 }
+ERASED = {"withdrawn": 1, "dropped": ["v0002"], "live": "v0001", "serving": "v0001"}
 AUDIT = [{"timestamp": 1.0, "event": f"event_{i}", "actor": "admin"} for i in range(3)]
 
 
@@ -92,6 +93,8 @@ def reply(request):
         "reset": VERSION,
     }
     body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
+    if path.endswith("erase"):
+        return httpx2.Response(200, json=ERASED)
     return httpx2.Response(200, json=body or (STATUS if "adaptation" in path else ADAPTER))
 
 
@@ -142,6 +145,7 @@ COMMANDS = [
     "status",
     "pause",
     "resume",
+    "erase q_1 q_2",
     "audit",
     "answer https://example.org/a.png what?",
     "recognize https://example.org/a.png -l cat -l dog",

@@ -60,6 +60,7 @@ ADAPTER = {
     "resident": [],
     "leases": {},
 }
+ERASED = {"withdrawn": 0, "dropped": ["v0007"], "live": "v0006", "serving": "v0006"}
 STATUS = {
     "adapter": "default",
     "paused": False,
@@ -241,6 +242,7 @@ def test_the_environment_names_server_and_keys(monkeypatch, ask):
             VERSION,
         ),
         (lambda c: c.adaptation.pause(), "POST", "/v1/adaptation/pause", {}, STATUS),
+        (lambda c: c.adaptation.erase(["q_1"]), "POST", "/v1/adaptation/erase", {"query_ids": ["q_1"]}, ERASED),
         (lambda c: c.adaptation.resume(), "POST", "/v1/adaptation/resume", {}, STATUS),
     ],
 )

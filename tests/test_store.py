@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ from servetune.adapters.store import (
     AliasMoved,
     CorruptVersion,
     Draft,
+    ErasedQuery,
+    Erasure,
     ForeignStore,
     NameTaken,
     StoreError,
@@ -140,6 +143,50 @@ def test_no_name_leaves_the_store(name: str, tmp_path_factory: pytest.TempPathFa
     assert {path.name for path in root.iterdir()} == {"default"}
 
 
+def test_erasing_a_query_drops_what_came_of_it(tmp_path: Path) -> None:
+    """1 and 2 learned one after the other; 3 is a snapshot of 2; 4 is the base again, and 5 learned from there."""
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0, query_ids=("a", "b"))).version)
+    store.promote(store.publish(replace(draft(2.0, query_ids=("c",)), parent=1)).version)
+    store.snapshot("kept")
+    before = store.live().generation
+    erasure = store.erase(["c"])
+    assert erasure.dropped == (2, 3)
+    assert (erasure.live.version, erasure.live.generation) == (1, before + 1)
+    assert store.live() == erasure.live
+    assert store.aliases() == {"live": 1, "last-good": 1, "base": 0}
+    assert store.versions() == [0, 1]
+    assert store.learned_from({"a", "c"}) == {"a"}
+    with pytest.raises(UnknownVersion):
+        store.resolve("kept")
+    assert store.reset().version == 4, "no number is given twice"
+    with pytest.raises(ErasedQuery):
+        store.publish(draft(3.0, query_ids=("c", "d")))
+    assert store.publish(replace(draft(5.0, query_ids=("d",)), parent=4)).version == 5
+    assert store.erase(["a"]).dropped == (1,)
+    assert store.live().version == 4, "what does not come from it stays"
+    assert store.erased() == (2, ["c", "a"])
+    assert store.erase(["nobody"]) == Erasure((), store.live())
+
+
+def test_a_version_whose_story_cannot_be_read_is_dropped_with_any(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0, query_ids=("a",))).version)
+    (tmp_path / "default" / "v0001" / "manifest.json").write_bytes(b"damaged")
+    assert store.erase(["b"]).dropped == (1,)
+    assert (store.live().version, store.versions()) == (0, [0])
+
+
+def test_an_erasure_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0, query_ids=("a",))).version)
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStore, "_remove", lambda *_: None)
+        store.erase(["a"])
+    assert (store.live().version, store.versions()) == (0, [0, 1])
+    assert opened(tmp_path).versions() == [0]
+
+
 def test_pause_outlives_the_process(tmp_path: Path) -> None:
     opened(tmp_path).set_paused(True)
     assert opened(tmp_path).paused
@@ -174,6 +221,7 @@ def test_errors_have_stable_codes() -> None:
         "alias_moved",
         "name_taken",
         "adapter_incompatible",
+        "query_erased",
     }
 
 

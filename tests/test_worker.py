@@ -384,6 +384,53 @@ async def test_a_query_withdrawn_while_it_is_learned_is_not_published(
     assert await ledger(settings, valkey.url) == {"trained": BATCH - 1, "withdrawn": 1}
 
 
+async def test_an_erased_query_is_forgotten_and_what_learned_from_it_goes(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    settings = settings.model_copy(update={"learner": "default"})
+    await ask(settings, valkey.url, 2 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.learner.config = replace(
+            worker.learner.config, min_information=-10, agreement=(0, 1), min_valid=0, rounds=1
+        )
+        while not (store.live().version >= 2 and not worker.learner.unfinished):
+            worker.turn()
+        named = [set(store.manifest(version).query_ids) for version in store.versions()]
+        assert set.union(*named) == {f"q_{number}" for number in range(2 * BATCH)}
+        assert sum(map(len, named)) == 2 * BATCH, "each in the version that first heard of it, witnesses too"
+        assert worker.learner.remembered() == {f"q_{number}" for number in range(2 * BATCH)}
+        first = next(version for version in store.versions() if "q_1" in store.manifest(version).query_ids)
+        gone = store.erase(["q_1"])
+        assert gone.dropped[0] == first
+        assert gone.live.version == first - 1
+        worker.turn()
+        assert "q_1" not in worker.learner.remembered()
+        assert not worker._policy._seen._values
+        assert store.live() == gone.live
+
+
+async def test_a_query_that_is_erased_while_it_is_learned_is_not_published(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Erased after the worker looked whether anything was: the store itself refuses."""
+    await ask(settings, valkey.url)
+    judge = Gate.judge
+
+    def erase_and_judge(self: Gate, *args: Any, **named: Any) -> Verdict:
+        store.erase(["q_0"])
+        return judge(self, *args, **named)
+
+    with at_work(settings, policy, store, valkey.url) as worker:
+        monkeypatch.setattr(Gate, "judge", erase_and_judge)
+        worker.turn()
+    assert (store.versions(), store.live().version) == ([0], 0)
+    assert await ledger(settings, valkey.url) == {"left": BATCH}
+
+
 async def test_paused_it_takes_nothing(
     settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
 ) -> None:

@@ -10,13 +10,19 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import httpx2
 
-from benchmarks.promises.product import Product, picture
+from benchmarks.promises.delivery import QUICK
+from benchmarks.promises.product import LABELS, Product, eventually, picture
 from benchmarks.promises.rows import Found, Trial, promise
+from servetune.adapters.store import AdapterStore
 from servetune.server.audit import AuditLog
+from servetune.server.cipher import Cipher, Unreadable, load_key
 from servetune.server.quota import BURST_S
+from servetune.server.settings import Settings
 
 OPEN = {"/livez", "/readyz", "/health", "/healthz"}
 ADMIN = re.compile(r"/v1/(adapters|adaptation|audit)\b")
@@ -44,6 +50,62 @@ def every_route_is_guarded(trial: Trial) -> Found:
     return Found(
         not wrong and routes > 15, f"{routes} routes with {len(keys)} keys each, {len(wrong)} wrong {wrong[:3]}"
     )
+
+
+@promise("T6", "images go when promised")
+def images_go(trial: Trial) -> Found:
+    """Opted out, expired, and erased, one after a version learned from it; then Redis' files are searched.
+
+    Every stored query is sealed, so what is looked for is what the key still opens.
+    """
+    left: dict[str, int] = {}
+    settings = QUICK | {"buffer_ttl_s": 5}
+    with Product(trial.folder / "a", worker=False, **settings) as product, product.client() as client:
+        for number in range(4):
+            client.recognize(picture(number), LABELS, adapt=False)
+        left["opted out"] = len(_readable(product.home))
+        kept = [client.recognize(picture(number), LABELS).adaptation for number in range(4)]
+        stored = len(_readable(product.home))
+        eventually(lambda: not _readable(product.home), 20)
+        left["expired"] = len(_readable(product.home))
+    with Product(trial.folder / "b", **QUICK) as product, product.client() as client:
+        store = AdapterStore(product.home / "store")
+        ids = [client.recognize(picture(number), LABELS).adaptation.query_id or "" for number in range(16)]
+        eventually(lambda: store.live().version > 0, 300)
+        taught = next(iter(store.manifest(1).query_ids))
+        gone = client.adaptation.erase([taught, ids[-1]])
+        eventually(lambda: ids[-1] not in _readable(product.home), 20)
+        named = sum(taught in path.read_text() for path in store.folder.rglob("manifest.json"))
+        served = client.recognize(picture(99), LABELS, adapt=False).adapter.version
+    left["erased"] = named + (1 not in {int(name[1:]) for name in gone.dropped}) + (served in gone.dropped)
+    good = not any(left.values()) and stored == len(kept) == 4
+    figure = f"left of opted out, expired, erased: {[*left.values()]}; {stored} of {len(kept)} were there before"
+    return Found(good, figure)
+
+
+def _readable(home: Path) -> set[str]:
+    """The sealed queries in Redis' files that the key of the home still opens."""
+    cipher = Cipher(load_key(Settings(home=home)))
+    files = [path for path in (home / "valkey").rglob("*") if path.suffix in (".aof", ".rdb")]
+    data = b"".join(path.read_bytes() for path in files)
+    found = set()
+    for match in re.finditer(rb"blob:(q_\w+)", data):
+        place = data.find(b"sealed", match.end(), match.end() + 200)
+        with suppress(Unreadable, ValueError, IndexError):
+            found.add(cipher.open(match[1].decode(), _value(data, place + len(b"sealed"))).id)
+    return found
+
+
+def _value(data: bytes, place: int) -> bytes:
+    """The string at a place, as a command (RESP) or a dump (RDB) has it."""
+    if command := re.compile(rb"\r\n\$(\d+)\r\n").match(data, place):
+        return data[command.end() : command.end() + int(command[1])]
+    kind, size = data[place] >> 6, data[place] & 63
+    if kind == 0:
+        return data[place + 1 : place + 1 + size]
+    if kind == 1:
+        return data[place + 2 : place + 2 + (size << 8 | data[place + 1])]
+    return data[place + 5 : place + 5 + int.from_bytes(data[place + 1 : place + 5], "big")]
 
 
 def _encoded() -> str:

@@ -92,7 +92,7 @@ class Ledger:
     acked: frozenset[str]  # as clients were told
     counts: dict[str, int]  # as the server counts
     kept: frozenset[str]  # still in the stream
-    trained: Counter[str]  # by id, over the versions that were live
+    trained: Counter[str]  # by id, over the live version and those that it came from
     kills: str
 
     @property
@@ -137,12 +137,7 @@ def ledger(short: bool, seed: int, broken: str) -> Ledger:
             eventually(lambda: _has_gone_on(home), 60 if broken else LEARNED_S)
         # Everybody has stopped in good order: the file is what a restart would find.
         store = AdapterStore(home / "store")
-        trained = Counter(
-            query_id
-            for number in store.promoted()
-            if store.manifest(number).origin == "worker"
-            for query_id in store.manifest(number).query_ids
-        )
+        trained = Counter(query_id for number in _line(store) for query_id in store.manifest(number).query_ids)
         counts, kept = _left(home)
     return Ledger(frozenset(asked.acked), counts, kept, trained, ", ".join(told))
 
@@ -150,6 +145,14 @@ def ledger(short: bool, seed: int, broken: str) -> Ledger:
 def _some_more(asked: Asked, num: int = 6) -> None:
     enough = len(asked.acked) + num
     eventually(lambda: len(asked.acked) >= enough, 120)
+
+
+def _line(store: AdapterStore) -> Iterator[int]:
+    """The live version and what it came from."""
+    version: int | None = store.live().version
+    while version is not None:
+        yield version
+        version = store.manifest(version).parent
 
 
 def _has_gone_on(home: Path) -> bool:

@@ -251,6 +251,17 @@ def _another_each_time(digest: Any) -> Any:
     return lambda self, query: digest(self, query) + os.urandom(4).hex()
 
 
+def _keeps_what_was_opted_out(why_not: Any) -> Any:
+    return lambda request, opted_out: None
+
+
+def _never_compacts(compact: Any) -> Any:
+    async def nothing(self: Any) -> None:
+        return None
+
+    return nothing
+
+
 def _anybody(authorize: Any) -> Any:
     def welcome(self: Any, authorization: Any, scope: Any) -> Any:
         from servetune.server.access import Principal
@@ -289,6 +300,10 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
     "T1": [Mutation("servetune.server.access", "Access.authorize", _anybody)],
+    "T6": [
+        Mutation("servetune.server.service", "_why_not_kept", _keeps_what_was_opted_out),
+        Mutation("servetune.server.buffer", "QueryBuffer.compact", _never_compacts),
+    ],
     "T4": [Mutation("servetune.server.quota", "Quota.admit", always(None))],
     "T5": [Mutation("servetune.server.audit", "AuditLog.first_broken", always(None))],
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
