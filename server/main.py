@@ -34,6 +34,7 @@ from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
 from servetune.server.engine import SLOTS, Engine
 from servetune.server.model import load_policy, open_store, worker_lock
+from servetune.server.protocol import TimelyProtocol
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
@@ -95,6 +96,7 @@ async def _serve(settings: Settings, redis_url: str) -> None:
     app = create_app(settings, engine, store, buffer, access, AuditLog(settings.path("audit.jsonl")))
     config = uvicorn.Config(
         app,
+        http=TimelyProtocol,
         host=settings.host,
         port=settings.port,
         log_config=None,

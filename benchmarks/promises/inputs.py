@@ -11,8 +11,9 @@ import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -235,6 +236,58 @@ def _flood(address: tuple[str, int], head: str, piece: bytes, most: int = 64 * M
             reply = reply or wire.recv(65_536)
     status = reply.split(b" ")[1:2]
     return (int(status[0]) if status else 0), sent
+
+
+@promise("I5", "slow clients are cut", timed=True)
+def slow_clients_are_cut(trial: Trial) -> Found:
+    """Connections that trickle a head or a body, beside a client who asks as usual."""
+    num, patience_s = trial.times(40, 200), 45.0
+    usual: list[float] = []
+    with asking(trial) as (product, http):
+        host, port = product.url.removeprefix("http://").split(":")
+        ask = partial(http.post, "/answer", json={"image": _small(), "question": "what is this?", "adapt": False})
+        alone = sorted(_timed(ask) for _ in range(20))
+        wires = [socket.create_connection((host, int(port)), timeout=5) for _ in range(num)]
+        began, open_wires = time.monotonic(), dict(enumerate(wires))
+        for number, wire in open_wires.items():
+            head = "" if number % 2 else "Content-Length: 1000\r\nContent-Type: application/json\r\n\r\n"
+            wire.sendall(f"POST /answer HTTP/1.1\r\nHost: 127.0.0.1\r\n{head}".encode())
+        while open_wires and time.monotonic() - began < patience_s:
+            usual.append(_timed(ask))
+            for number, wire in list(open_wires.items()):
+                if _is_cut(wire, b"x" if number % 2 == 0 else b"X-A: b\r\n"):
+                    del open_wires[number]
+            time.sleep(0.5)
+        last_s = time.monotonic() - began
+        for wire in wires:
+            wire.close()
+    slower = sorted(usual)[int(0.99 * len(usual))] / alone[-1]
+    figure = (
+        f"{num - len(open_wires)} of {num} cut, the last after {last_s:.0f} s; p99 of the other {slower:.1f} times"
+    )
+    return Found(not open_wires and last_s <= 35 and slower <= 2, figure)
+
+
+def _timed(ask: Callable[[], httpx2.Response]) -> float:
+    began = time.monotonic()
+    ask().raise_for_status()
+    return time.monotonic() - began
+
+
+def _is_cut(wire: socket.socket, more: bytes) -> bool:
+    """Send a little more; whether the server has closed, or answered."""
+    try:
+        wire.sendall(more)
+        wire.settimeout(0.001)
+        return wire.recv(1024) is not None
+    except TimeoutError:
+        return False
+    except OSError:
+        return True
+
+
+def _small() -> str:
+    return base64.b64encode(encoded(picture(0).resize((64, 64)), "PNG")).decode()
 
 
 @promise("I6", "no request makes the server dial into its own network")

@@ -285,6 +285,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "S6": [Mutation("servetune.adapters.policy", "Policy.begin_each", _without_version)],
     "S7": [Mutation("servetune.server.engine", "Engine._load", _as_far_as_it_fits)],
     "I1": [Mutation("servetune.server.images", "ImageReader.read", _raising)],
+    "I5": [Mutation("servetune.server.protocol", "HEAD_S", constant(3600.0))],
     "I6": [Mutation("servetune.server.fetch", "ImageFetcher.fetch", _dials_as_told)],
     "I7": [Mutation("servetune.server.errors", "ServiceError.__init__", _talkative)],
     "I2": [Mutation("servetune.server.images", "Limits", _unlimited_images)],
