@@ -24,6 +24,7 @@ from servetune.server.cipher import Cipher, Unreadable, load_key
 from servetune.server.quota import BURST_S
 from servetune.server.settings import Settings
 
+JSON = {"Content-Type": "application/json"}
 OPEN = {"/livez", "/readyz", "/health", "/healthz"}
 ADMIN = re.compile(r"/v1/(adapters|adaptation|audit)\b")
 USER_KEY = "stu_somebody.fedcba9876543210fedcba9876543210"
@@ -81,6 +82,32 @@ def images_go(trial: Trial) -> Found:
     good = not any(left.values()) and stored == len(kept) == 4
     figure = f"left of opted out, expired, erased: {[*left.values()]}; {stored} of {len(kept)} were there before"
     return Found(good, figure)
+
+
+@promise("T7", "logs hold no user data")
+def logs_hold_no_user_data(trial: Trial) -> Found:
+    """Canary words in all that can be sent, through answers and through errors; then the log is searched."""
+    word, key = "canary7f3a", f"stu_somebody.{'k' * 40}"
+    with Product(trial.folder / "home", api_keys=json.dumps([key]), **QUICK) as product:
+        admin_key = (product.home / "admin.key").read_text().strip()
+        with httpx2.Client(base_url=product.url, headers={"Authorization": f"Bearer {key}"}, timeout=60) as http:
+            for number in range(trial.times(3, 50)):
+                body = {"image": IMAGE, "question": f"{word} {number}", "metadata": {word: word}}
+                http.post("/answer", json=body, headers={"Idempotency-Key": f"{word}-{number}", "X-Note": word})
+                http.post("/answer", json={"image": IMAGE, "candidate_labels": [word, f"{word} two"]})
+                http.post("/answer", json=body | {"n": word})
+                http.post("/answer", json=body | {"image": word})
+                http.post("/answer", files={"image": (f"{word}.png", word.encode())}, data={"question": word})
+                http.post("/answer", content=f'{{"question": "{word}'.encode(), headers=JSON)
+                http.post("/answer", json=body, headers={"Authorization": f"Bearer {word}"})
+                http.get(f"/v1/adapters/{word}", headers={"Authorization": f"Bearer {admin_key}"})
+                http.get(f"/{word}?q={word}")
+        log = product.log()
+    forbidden = {"words": word, "image": IMAGE[:60], "user key": key, "admin key": admin_key}
+    found = [name for name, text in forbidden.items() if text in log]
+    return Found(
+        not found and log.count("request_id") > 20, f"{len(forbidden) - len(found)} of 4 kinds absent {found}"
+    )
 
 
 def _readable(home: Path) -> set[str]:

@@ -220,6 +220,22 @@ def poison_is_set_aside(trial: Trial) -> Found:
     )
 
 
+@promise("R6", "a full buffer neither blocks nor drops")
+def a_full_buffer_refuses(trial: Trial) -> Found:
+    """More is asked than there is room for, and nobody learns: all is answered, and what is kept stays kept."""
+    room, num = trial.times(20, 500), trial.times(60, 5000)
+    settings = QUICK | {"worker": False, "buffer_queries": room}
+    with Product(trial.folder / "home", **settings) as product, product.client() as client:
+        asked = Asked()
+        for _ in range(num):
+            asked.once(client)
+        buffer = client.adaptation.status().buffer
+    counts, kept = _left(product.home)
+    exact = asked.skipped == {"buffer_full": num - room} and len(asked.acked) == room == buffer.waiting
+    good = exact and asked.refused == 0 and kept == asked.acked and counts["acked"] == room
+    return Found(good, f"{asked.refused} of {num} refused, {len(kept)} of {room} kept, {dict(asked.skipped)}")
+
+
 @promise("R7", "Redis down is not our outage", timed=True)
 def redis_is_not_our_outage(trial: Trial) -> Found:
     """Redis killed and kept down, then hung; answers go on, and buffering comes back."""

@@ -255,6 +255,24 @@ def _keeps_what_was_opted_out(why_not: Any) -> Any:
     return lambda request, opted_out: None
 
 
+def _talks_about_it(why_not: Any) -> Any:
+    def telling(request: Any, opted_out: bool) -> Any:
+        import structlog
+
+        structlog.get_logger().info("asked", question=request.question)
+        return why_not(request, opted_out)
+
+    return telling
+
+
+def _takes_all(enqueue: Any) -> Any:
+    def taking(self: Any, *args: Any) -> Any:
+        self._settings = self._settings.model_copy(update={"buffer_queries": 10**6})
+        return enqueue(self, *args)
+
+    return taking
+
+
 def _never_compacts(compact: Any) -> Any:
     async def nothing(self: Any) -> None:
         return None
@@ -305,11 +323,13 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("servetune.server.service", "_why_not_kept", _keeps_what_was_opted_out),
         Mutation("servetune.server.buffer", "QueryBuffer.compact", _never_compacts),
     ],
+    "T7": [Mutation("servetune.server.service", "_why_not_kept", _talks_about_it)],
     "T4": [Mutation("servetune.server.quota", "Quota.admit", always(None))],
     "T5": [Mutation("servetune.server.audit", "AuditLog.first_broken", always(None))],
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
     "R2": [Mutation("servetune.server.buffer", "QueryStream.settle", _uncounted)],
     "R3": [Mutation("servetune.adapters.store", "AdapterStore.learned_from", always(set()))],
     "R5": [Mutation("servetune.server.buffer", "QueryStream.take", _unlimited)],
+    "R6": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _takes_all)],
     "R7": [Mutation("servetune.server.service", "Keeping.settle", _patient)],
 }
