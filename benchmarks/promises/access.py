@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 
 import httpx2
 
@@ -19,8 +20,10 @@ from benchmarks.promises.delivery import QUICK
 from benchmarks.promises.product import LABELS, Product, eventually, picture
 from benchmarks.promises.rows import Found, Trial, promise
 from servetune.adapters.store import AdapterStore
+from servetune.server.access import Access
 from servetune.server.audit import AuditLog
 from servetune.server.cipher import Cipher, Unreadable, load_key
+from servetune.server.errors import ServiceError
 from servetune.server.quota import BURST_S
 from servetune.server.settings import Settings
 
@@ -149,6 +152,31 @@ def _shut_out(path: str) -> set[str]:
     if path in OPEN:
         return set()
     return {"none", "wrong", "user"} if ADMIN.match(path) else {"none", "wrong"}
+
+
+@promise("T3", "keys are safe at rest and in time", timed=True)
+def keys_are_safe(trial: Trial) -> Found:
+    """Does any file but its own have a key? Is a key that begins right refused later than another?"""
+    user_key = f"stu_somebody.{'k' * 40}"
+    with Product(trial.folder / "home", api_keys=json.dumps([user_key]), **QUICK) as product:
+        admin_key = (product.home / "admin.key").read_text().strip()
+        for key in (user_key, admin_key, f"{user_key[:-1]}x"):
+            httpx2.post(f"{product.url}/answer", json={}, headers={"Authorization": f"Bearer {key}"})
+        files = [path for path in product.home.rglob("*") if path.is_file() and path.name != "admin.key"]
+        telling = [
+            path.name for path in files for key in (user_key, admin_key) if key.encode() in path.read_bytes()
+        ]
+    access = Access([user_key])
+    tries: dict[str, list[int]] = {f"Bearer {user_key[:-1]}x": [], f"Bearer {'x' * len(user_key)}": []}
+    for _ in range(trial.times(4000, 20_000)):
+        for header, spent in tries.items():
+            began = time.perf_counter_ns()
+            with suppress(ServiceError):
+                access.authorize(header, "user")
+            spent.append(time.perf_counter_ns() - began)
+    near, far = (median(spent) for spent in tries.values())
+    apart = abs(near - far) / far
+    return Found(not telling and apart <= 0.01, f"{len(telling)} files tell a key, medians differ by {apart:.2%}")
 
 
 @promise("T4", "limits are fair", timed=True)

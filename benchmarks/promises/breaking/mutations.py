@@ -273,6 +273,17 @@ def _takes_all(enqueue: Any) -> Any:
     return taking
 
 
+def _compares_letter_by_letter(identify: Any) -> Any:
+    def compare(self: Any, authorization: str) -> Any:
+        key = authorization.partition(" ")[2]
+        for letter, right in zip(key, f"stu_somebody.{'k' * 40}", strict=False):
+            if letter != right:
+                return None
+        return identify(self, authorization)
+
+    return compare
+
+
 def _never_compacts(compact: Any) -> Any:
     async def nothing(self: Any) -> None:
         return None
@@ -324,6 +335,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("servetune.server.buffer", "QueryBuffer.compact", _never_compacts),
     ],
     "T7": [Mutation("servetune.server.service", "_why_not_kept", _talks_about_it)],
+    "T3": [Mutation("servetune.server.access", "Access._identify", _compares_letter_by_letter)],
     "T4": [Mutation("servetune.server.quota", "Quota.admit", always(None))],
     "T5": [Mutation("servetune.server.audit", "AuditLog.first_broken", always(None))],
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
