@@ -41,7 +41,7 @@ async def engine(trial: Trial, **settings: object) -> AsyncIterator[Parts]:
 
 @promise("S1", "a hot swap is invisible")
 def swaps_are_invisible(trial: Trial) -> Found:
-    """Eight clients ask fixed probes while `live` moves on and on."""
+    """Eight clients ask fixed probes while `live` moves on and on; then every version is asked once more."""
 
     async def measure() -> Counter[str]:
         found: Counter[str] = Counter()
@@ -50,6 +50,10 @@ def swaps_are_invisible(trial: Trial) -> Found:
             expected = {v: [await made.answer(one, GREEDY, f"v{v:04d}") for one in probes()] for v in versions}
             check_that_versions_differ(expected)
             await swap_under_load(made, store, versions, expected, found, trial.times(60, 1000), 8)
+            for version, answers in expected.items():  # and afterwards each is still what it was
+                for one, before in zip(probes(), answers, strict=True):
+                    after = await made.answer(one, GREEDY, f"v{version:04d}")
+                    found["right" if same(after, before) else "mixed"] += 1
         return found
 
     found = asyncio.run(measure())
