@@ -19,17 +19,30 @@ import tarfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
 from servetune.adapters.types import BASE
+from servetune.adapters.versions import (
+    Alias,
+    AliasMoved,
+    CorruptVersion,
+    Draft,
+    ErasedQuery,
+    Erasure,
+    ForeignStore,
+    Manifest,
+    NameTaken,
+    Origin,
+    UnknownVersion,
+    version_name,
+)
 
-Origin = Literal["base", "worker", "snapshot", "reset"]
 WEIGHTS, CONFIG, OPTIMIZER, MANIFEST = (
     "adapter_model.safetensors",
     "adapter_config.json",
@@ -41,112 +54,6 @@ ERASED_KEPT = 100_000  # ids, for workers that have not heard of them
 RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 _VERSION = re.compile(r"v(\d{4,9})")
-
-
-class StoreError(Exception):
-    """Base of what the store refuses; `code` is stable."""
-
-    code = "store_error"
-
-
-class UnknownVersion(StoreError):
-    """No version or alias has that name."""
-
-    code = "adapter_not_found"
-
-
-class CorruptVersion(StoreError):
-    """A file is missing or its SHA-256 is not the manifest's."""
-
-    code = "adapter_corrupt"
-
-
-class AliasMoved(StoreError):
-    """`live` was moved by somebody else since it was read."""
-
-    code = "alias_moved"
-
-
-class NameTaken(StoreError):
-    """The name is reserved, malformed or in use."""
-
-    code = "name_taken"
-
-
-class ErasedQuery(StoreError):
-    """A version must not be published that learned from a query which was erased."""
-
-    code = "query_erased"
-
-
-class ForeignStore(StoreError):
-    """The store's versions belong to another base model or another shape of adapter."""
-
-    code = "adapter_incompatible"
-
-
-@dataclass(frozen=True, slots=True)
-class Alias:
-    """Where `live` points, and how often it has been moved."""
-
-    version: int
-    generation: int
-
-
-@dataclass(frozen=True, slots=True)
-class Erasure:
-    """Versions that are gone because of what they learned from, and where `live` points now."""
-
-    dropped: tuple[int, ...]
-    live: Alias
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a version is and where it came from. `digest` is the SHA-256 of its weights file."""
-
-    version: int
-    parent: int | None
-    created: float
-    origin: Origin
-    digest: str
-    base_digest: str
-    rank: int
-    target_modules: str
-    probe: tuple[float, ...]
-    temperature: float = 1.0  # divides log-probabilities before they are shown as confidence
-    label: str | None = None
-    generation: int = 0  # of `live`, when the version was made
-    step_range: tuple[int, int] | None = None
-    query_ids: tuple[str, ...] = ()
-    metrics: dict[str, float] = field(default_factory=dict)
-    gate: dict[str, Any] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Draft:
-    """A version before it is published: its content and its story."""
-
-    weights: Mapping[str, Tensor]
-    origin: Origin
-    parent: int | None
-    probe: tuple[float, ...]
-    optimizer: Mapping[str, Tensor] = field(default_factory=dict)
-    temperature: float = 1.0
-    label: str | None = None
-    generation: int = 0
-    step_range: tuple[int, int] | None = None
-    query_ids: tuple[str, ...] = ()
-    metrics: dict[str, float] = field(default_factory=dict)
-    gate: dict[str, Any] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-
-
-def version_name(number: int) -> str:
-    """7 -> `v0007`."""
-    return f"v{number:04d}"
 
 
 class AdapterStore:
@@ -349,8 +256,8 @@ class AdapterStore:
             for alias, number in list(aliases.items()):
                 if number in dropped and alias not in ("live", "last-good"):
                     del aliases[alias]
-                while aliases.get(alias) in dropped:
-                    aliases[alias] = dropped[aliases[alias]]
+                elif number in dropped:
+                    aliases[alias] = self._servable(number, dropped)
             content["generation"] += aliases["live"] != before
             content["promoted"] = [number for number in content["promoted"] if number not in dropped]
             content["newest"] = self._newest()
@@ -406,13 +313,32 @@ class AdapterStore:
                 found[version] = made.parent
         return found
 
+    def _servable(self, version: int, dropped: Mapping[int, int]) -> int:
+        """The nearest version that a dropped one came from, that stays and is not damaged."""
+        while version in dropped or (version != BASE and not self._is_whole(version)):
+            version = dropped[version] if version in dropped else self._parent(version)
+        return version
+
+    def _is_whole(self, version: int) -> bool:
+        try:
+            self.weights(version)
+        except CorruptVersion:
+            return False
+        return True
+
+    def _parent(self, version: int) -> int:
+        return self.manifest(version).parent or BASE
+
     def _newest(self) -> int:
         """The highest number that was ever given."""
         return max(self.versions()[-1], int(self._read_aliases().get("newest", BASE)))
 
     def _remove(self, versions: Iterable[int]) -> None:
+        """Take versions away, each at once: no reader meets half of one."""
         for version in versions:
-            shutil.rmtree(self._path(version), ignore_errors=True)
+            path = self._path(version)
+            if path.exists():
+                shutil.rmtree(path.rename(self.folder / f".staging-erased-{path.name}"))
         _sync(self.folder)
 
     def _path(self, version: int) -> Path:

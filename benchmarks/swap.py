@@ -34,8 +34,9 @@ from PIL import Image
 
 from benchmarks.models import checkpoint
 from servetune.adapters.policy import Policy
-from servetune.adapters.store import AdapterStore, Draft
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
+from servetune.adapters.versions import Draft
 from servetune.server.engine import SLOTS, Engine, Outcome
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings

@@ -22,8 +22,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from servetune.adapters.family import UnsupportedModel
 from servetune.adapters.step import FINISHED
-from servetune.adapters.store import StoreError, version_name
 from servetune.adapters.types import Query
+from servetune.adapters.versions import StoreError, version_name
 from servetune.evals import streams
 from servetune.evals.data import BadData, Data, Item, read_unlabeled, unsplit
 from servetune.server.lockstep import ListStream, list_worker, lock_step

@@ -14,7 +14,8 @@ from typing import Annotated, Any, TypeVar
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
 
-from servetune.adapters.store import AdapterStore, Manifest, version_name
+from servetune.adapters.store import AdapterStore
+from servetune.adapters.versions import Manifest, version_name
 from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,

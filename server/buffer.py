@@ -47,6 +47,7 @@ ANSWER_S = 1.0  # longest wait for one reply on the API's side
 RETRY_S = 1.0  # while Redis is down, one attempt per this time
 WORKER_ANSWER_S = 10.0  # the worker may block; it must still notice a Redis that hangs
 COMPACT_S = 5.0, 3600.0  # least and longest pause between two rewritings of the file
+COMPACT_POLL_S = 0.2
 PURGE_CHUNK = 500  # queries that one call withdraws, so that Redis serves others in between
 FORGET_LEASES = 100  # a consumer silent for this many leases is not coming back
 
@@ -182,9 +183,11 @@ class QueryBuffer:
     async def compact(self) -> None:
         """Have Redis write its file anew, without what was erased. Raises BufferUnavailable.
 
-        A Redis that refuses this is its operator's to compact: what is left there stays sealed.
+        A rewriting under way, begun before, is waited for. A Redis that refuses is its operator's to compact: what
+        is left there stays sealed.
         """
-        await self._shielded(self._compact())
+        while not await self._shielded(self._compact()):
+            await asyncio.sleep(COMPACT_POLL_S)
 
     async def keep_compact(self) -> None:
         """Write the file anew as often as what leaves the buffer asks for; runs until it is cancelled."""
@@ -199,9 +202,14 @@ class QueryBuffer:
                     await self.compact()
                     before = gone
 
-    async def _compact(self) -> None:
-        with self._circuit, suppress(ResponseError):  # one is under way, or this user may not
-            await self._redis.execute_command("BGREWRITEAOF")
+    async def _compact(self) -> bool:
+        """Whether it has begun, or never will."""
+        with self._circuit:
+            try:
+                await self._redis.execute_command("BGREWRITEAOF")
+            except ResponseError as refusal:
+                return "in progress" not in str(refusal)
+        return True
 
     async def status(self) -> BufferStatus:
         """What is stored and what became of the rest. Never raises: `connected` tells."""

@@ -26,8 +26,9 @@ from torch import Tensor
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.policy import Policy
 from servetune.adapters.sharing import release_memory
-from servetune.adapters.store import AdapterStore, CorruptVersion, StoreError, version_name
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
+from servetune.adapters.versions import CorruptVersion, StoreError, version_name
 from servetune.server.answering import Answering, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
 
@@ -278,7 +279,7 @@ class Engine:
     async def forget(self, versions: Collection[int]) -> None:
         """Keep neither what was seen nor, once their last answer is given, versions that are gone."""
         for version in versions:
-            if not self._leases[version]:
+            if not self._leases[version] and version != self.serving:  # until another is loaded
                 self._resident.pop(version, None)
         await self._run(self._forget)
 

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from servetune.adapters.family import PromptTooLong, UnusableImage
-from servetune.adapters.store import AliasMoved, CorruptVersion, NameTaken, StoreError, UnknownVersion
+from servetune.adapters.versions import AliasMoved, CorruptVersion, NameTaken, StoreError, UnknownVersion
 from servetune.clients.types import Problem
 from servetune.server.buffer import BufferUnavailable
 from servetune.server.engine import QueueFull

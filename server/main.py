@@ -27,7 +27,7 @@ import uvicorn
 from pydantic_settings import SettingsError
 
 from servetune.adapters.family import UnsupportedModel
-from servetune.adapters.store import StoreError
+from servetune.adapters.versions import StoreError
 from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog

@@ -11,7 +11,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse, JSONResponse
 
 import servetune
-from servetune.adapters.store import version_name
+from servetune.adapters.versions import version_name
 from servetune.clients.types import Answer, Info
 from servetune.server.access import Principal, Require
 from servetune.server.bodies import MAX_IMAGES, parse_question
@@ -32,15 +32,13 @@ async def _services(request: Request) -> Services:  # async: a plain function wo
 ServicesDep = Annotated[Services, Depends(_services)]
 UserDep = Annotated[Principal, Depends(Require("user"))]
 OPEN = [Depends(Require("open"))]
+USER = [Depends(Require("user"))]
 
 
 async def _asker(caller: UserDep, services: ServicesDep) -> Principal:
     """Who asks a question, within what their key may ask."""
     services.quota.admit(caller.id)
     return caller
-
-
-USER = [Depends(Require("user"))]
 
 
 def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -15,8 +15,9 @@ from typing import Any, TypeVar
 
 import structlog
 
-from servetune.adapters.store import AdapterStore, version_name
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
+from servetune.adapters.versions import version_name
 from servetune.clients.types import (
     Adaptation,
     AdapterRef,

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     decode_side: int = Field(2048, ge=64, description="longest side an image is decoded to, in pixels")
     image_hosts: tuple[str, ...] = Field((), description="https hosts that image URLs may name; none: off")
     requests_per_minute: int | None = Field(
-        None, ge=1, description="questions from each key; ten seconds' worth at once. Default: no limit"
+        None, ge=1, description="questions from each key (without keys, from all); ten seconds' worth at once"
     )
     queue_size: int = Field(256, ge=1, description="requests waiting for the engine before 503")
     queue_wait_s: float = Field(

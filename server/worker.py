@@ -22,16 +22,9 @@ from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import (
-    AdapterStore,
-    AliasMoved,
-    CorruptVersion,
-    Draft,
-    ErasedQuery,
-    StoreError,
-    version_name,
-)
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
+from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, StoreError, version_name
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
@@ -77,7 +70,8 @@ class Worker:
         self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
         self._adrift = False  # a turn broke off, and the candidate with it
-        self._named: set[str] = set()  # remembered queries that a version of this line names
+        self._heard: set[str] = set()  # queries that had a say since the last version
+        self._named: set[str] = set()  # those of them that an earlier version of this line names
         self._num_erased = self._store.erased()[0]
         self._live = self._store.live()
         self._follow()
@@ -100,11 +94,11 @@ class Worker:
 
     def turn(self) -> None:
         """One batch, and a candidate when there were enough steps or there is nothing more to learn."""
+        self._forget_erased()
         if self._store.paused:
             self._report("paused")
             self._stop.wait(POLL_S)
             return
-        self._forget_erased()
         if self._adrift or self._store.live() != self._live:
             self._give_back()
         batch = self._gather()
@@ -213,6 +207,7 @@ class Worker:
             self._give_back()
             return
         except ErasedQuery:
+            self._num_erased = 0  # since the turn began
             self._forget_erased()
             return
         self._settle(self._held, "trained")
@@ -233,9 +228,9 @@ class Worker:
 
     def _publish(self, verdict: Verdict) -> None:
         weights, moments = self.learner.state()
-        # Whatever is remembered has a say in what is learned, also what was settled without a signal of its own.
-        remembered = self.learner.remembered()
-        query_ids = tuple(dict.fromkeys([*(d.query.id for d in self._held), *sorted(remembered - self._named)]))
+        # Whatever was remembered meanwhile had a say, also what was settled without a signal of its own.
+        heard = self._heard - self._named
+        query_ids = tuple(dict.fromkeys([*(d.query.id for d in self._held), *sorted(heard)]))
         self._policy.use(SLOTS[0])
         made = self._store.publish(
             Draft(
@@ -257,7 +252,8 @@ class Worker:
         self._promote(made.version, self._live.generation)
         self._policy.load(SLOTS[1], weights)
         self.learner.accept()
-        self._named = remembered
+        self._named = self.learner.remembered()
+        self._heard.clear()
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
@@ -327,6 +323,7 @@ class Worker:
         weights = self._store.weights(live.version)
         self._policy.load(SLOTS[1], weights)
         self.learner.load(weights, self._store.optimizer(live.version))
+        self._heard.clear()
         self._first_step = self.learner.steps
 
     def _forget_erased(self) -> None:
@@ -356,6 +353,7 @@ class Worker:
             self._leased = [d for d in self._leased if d.query.id not in done]
 
     def _note_step(self, metrics: StepMetrics) -> None:
+        self._heard |= self.learner.remembered()
         numbers = {**asdict(metrics)["values"], "groups": metrics.groups, "informative": metrics.informative}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self.learner.steps})

@@ -14,8 +14,9 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
-from servetune.adapters.store import AdapterStore, Draft, Manifest, version_name
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
+from servetune.adapters.versions import Draft, Manifest, version_name
 from servetune.clients.types import BufferStatus, WorkerStatus
 from servetune.server.access import Access
 from servetune.server.app import create_app

@@ -502,6 +502,27 @@ async def test_cancelled_callers_never_mix_replies(server: EmbeddedValkey, setti
     assert 0 < ledger["unconfirmed"] < 201
 
 
+async def test_what_was_erased_leaves_the_file_as_well(tmp_path: Path) -> None:
+    """Also while the file is being written anew already, from before the erasure."""
+    settings = Settings(home=tmp_path)
+
+    def on_disk(query_id: str) -> bool:
+        files = [path for path in (tmp_path / "valkey").rglob("*") if path.suffix in (".aof", ".rdb")]
+        return any(f"blob:{query_id}".encode() in path.read_bytes() for path in files)
+
+    with running(tmp_path) as server:
+        async with open_buffer(settings, server.url) as buffer:
+            await fill(buffer, 2)
+            assert on_disk("q_0")
+            rewriting = asyncio.create_task(buffer.compact())
+            await buffer.withdraw("q_0")
+            await asyncio.gather(rewriting, buffer.compact())
+            async with asyncio.timeout(20):
+                while on_disk("q_0"):
+                    await asyncio.sleep(0.05)
+            assert on_disk("q_1")
+
+
 async def test_a_redis_that_forgets_is_named(tmp_path: Path, server: EmbeddedValkey, settings: Settings) -> None:
     with redis.Redis.from_url(server.url) as client, structlog.testing.capture_logs() as logs:
         async with open_buffer(settings, server.url) as buffer:

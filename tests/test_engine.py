@@ -18,8 +18,9 @@ from servetune.adapters.family import Family, UnusableImage
 from servetune.adapters.growth import Sample, Stopped
 from servetune.adapters.looks import NUM_ROLLOUTS, Look, Looks
 from servetune.adapters.policy import LoraSpec, Policy
-from servetune.adapters.store import AdapterStore, Draft, UnknownVersion, version_name
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
+from servetune.adapters.versions import Draft, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
 from servetune.server.answering import LET_OTHERS_IN, Answering
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull, fewest_threads

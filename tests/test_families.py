@@ -21,8 +21,9 @@ from servetune.adapters.family import Family, Prompt, PromptTooLong, UnusableIma
 from servetune.adapters.features import ByteCache
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import AdapterStore, Draft
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
+from servetune.adapters.versions import Draft
 from tests.checkpoints import FAMILIES
 from tests.conftest import noise, query, stir
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from servetune.adapters.store import CorruptVersion
+from servetune.adapters.versions import CorruptVersion
 from servetune.clients.types import Answer, Problem
 from servetune.server import middleware
 from servetune.server.engine import QueueFull

@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from servetune.adapters import store as store_module
-from servetune.adapters.store import (
-    AdapterStore,
+from servetune.adapters.store import AdapterStore
+from servetune.adapters.versions import (
     AliasMoved,
     CorruptVersion,
     Draft,
@@ -167,6 +167,17 @@ def test_erasing_a_query_drops_what_came_of_it(tmp_path: Path) -> None:
     assert store.live().version == 4, "what does not come from it stays"
     assert store.erased() == (2, ["c", "a"])
     assert store.erase(["nobody"]) == Erasure((), store.live())
+
+
+def test_erasing_goes_back_to_what_can_be_served(tmp_path: Path) -> None:
+    """1, 2 and 3 learned one after the other; 3 must go, and 2 is damaged."""
+    store = opened(tmp_path)
+    for number, name in ((1, "a"), (2, "b"), (3, "c")):
+        made = replace(draft(float(number), query_ids=(name,)), parent=number - 1)
+        store.promote(store.publish(made).version)
+    (tmp_path / "default" / "v0002" / store_module.WEIGHTS).write_bytes(b"damaged")
+    assert store.erase(["c"]).live.version == 1
+    assert store.weights(store.live().version)
 
 
 def test_a_version_whose_story_cannot_be_read_is_dropped_with_any(tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ import torch
 
 from servetune.adapters.gate import Gate
 from servetune.adapters.policy import Policy
-from servetune.adapters.store import WEIGHTS, AdapterStore, version_name
+from servetune.adapters.store import WEIGHTS, AdapterStore
 from servetune.adapters.types import Verdict
+from servetune.adapters.versions import version_name
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import LEDGER, OUTCOMES, BufferUnavailable, QueryStream
 from servetune.server.settings import Settings
@@ -407,6 +408,36 @@ async def test_an_erased_query_is_forgotten_and_what_learned_from_it_goes(
         assert "q_1" not in worker.learner.remembered()
         assert not worker._policy._seen._values
         assert store.live() == gone.live
+
+
+async def test_paused_it_forgets_what_is_erased_all_the_same(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings.model_copy(update={"learner": "default"}), policy, store, valkey.url) as worker:
+        worker.turn()
+        assert "q_0" in worker.learner.remembered()
+        store.set_paused(True)
+        store.erase(["q_0"])
+        worker.turn()
+        assert "q_0" not in worker.learner.remembered()
+
+
+async def test_what_left_the_memory_is_named_all_the_same(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    """A memory smaller than what one version learns from: the version names all that had a say."""
+    settings = settings.model_copy(update={"learner": "default", "steps_per_candidate": 100})
+    await ask(settings, valkey.url, 3 * BATCH)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.learner.config = replace(
+            worker.learner.config, min_information=-10, agreement=(0, 1), min_valid=0, rounds=1
+        )
+        worker.learner.memory.size = BATCH
+        while not store.versions()[-1]:
+            worker.turn()
+            worker._held.clear()  # as if settled without a signal
+        assert set(store.manifest(1).query_ids) == {f"q_{number}" for number in range(3 * BATCH)}
 
 
 async def test_a_query_that_is_erased_while_it_is_learned_is_not_published(

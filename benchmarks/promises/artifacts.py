@@ -20,7 +20,8 @@ from benchmarks.promises.product import LABELS, Product, eventually, picture
 from benchmarks.promises.rows import Found, Trial, promise
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
-from servetune.adapters.store import AdapterStore, Draft, StoreError
+from servetune.adapters.store import AdapterStore
+from servetune.adapters.versions import Draft, StoreError
 from servetune.server.engine import SLOTS, Engine
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings

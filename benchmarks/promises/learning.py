@@ -18,8 +18,9 @@ from benchmarks.promises.rows import Found, Trial, promise
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
-from servetune.adapters.store import AdapterStore, Draft
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
+from servetune.adapters.versions import Draft
 from servetune.server.lockstep import ListStream, list_worker, lock_step
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings

@@ -14,8 +14,9 @@ import torch
 from benchmarks.promises.rows import Found, Trial, promise
 from benchmarks.swap import GREEDY, check_that_versions_differ, probes, publish, same, swap, swap_under_load
 from servetune.adapters.policy import Policy
-from servetune.adapters.store import AdapterStore, Draft
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Sampling
+from servetune.adapters.versions import Draft
 from servetune.server.engine import SLOTS, Engine, Outcome
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
