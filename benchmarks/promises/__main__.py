@@ -7,7 +7,7 @@ the check is for (`breaking/`): it must say so. `make soak ROW=R1` is the long f
 table of docs/promises.md.
 
 Last line of stdout: JSON. `rows` has for each row whether it passed and its figure; `passed`, `failed` and
-`skipped` (row: reason). With `--broken` a row passes when its check fails.
+`skipped` (row: reason). With `--broken` a row passes when its check fails, and does not merely crash.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
             skipped[name] = str(why)
             print(f"{name}  skipped: {why}", flush=True)
             continue
-        good = found.kept != options.broken
+        good = found.kept != options.broken and not found.crashed
         rows[name] = {"pass": good, "figure": found.figure}
         said = "pass" if good else "FAIL"
         print(f"{name:4}{said}  {row.promise}: {found.figure} ({time.monotonic() - began:.0f} s)", flush=True)
@@ -95,7 +95,7 @@ def _cells(found: dict[str, Any]) -> tuple[str, str]:
 
 
 def check(row: Row, short: bool, seed: int, broken: bool) -> Found:
-    """One row in a folder of its own; a check that raises was not kept."""
+    """One row in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         trial = Trial(Path(folder), short, seed, row.id if broken else "")
         try:
@@ -104,7 +104,7 @@ def check(row: Row, short: bool, seed: int, broken: bool) -> Found:
         except Skip:
             raise
         except Exception as error:
-            return Found(False, f"{type(error).__name__}: {error}"[:300])
+            return Found(False, f"{type(error).__name__}: {error}"[:300], crashed=True)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 import threading
 import time
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, variance
 
 import httpx2
 
@@ -70,7 +71,8 @@ def images_go(trial: Trial) -> Found:
         left["opted out"] = len(_readable(product.home))
         kept = [client.recognize(picture(number), LABELS).adaptation for number in range(4)]
         stored = len(_readable(product.home))
-        eventually(lambda: not _readable(product.home), 20)
+        with suppress(TimeoutError):
+            eventually(lambda: not _readable(product.home), 20)
         left["expired"] = len(_readable(product.home))
     with Product(trial.folder / "b", **QUICK) as product, product.client() as client:
         store = AdapterStore(product.home / "store")
@@ -78,10 +80,12 @@ def images_go(trial: Trial) -> Found:
         eventually(lambda: store.live().version > 0, 300)
         taught = next(iter(store.manifest(1).query_ids))
         gone = client.adaptation.erase([taught, ids[-1]])
-        eventually(lambda: ids[-1] not in _readable(product.home), 20)
+        with suppress(TimeoutError):
+            eventually(lambda: ids[-1] not in _readable(product.home), 20)
+        left["erased"] = len(_readable(product.home) & {taught, ids[-1]})
         named = sum(taught in path.read_text() for path in store.folder.rglob("manifest.json"))
         served = client.recognize(picture(99), LABELS, adapt=False).adapter.version
-    left["erased"] = named + (1 not in {int(name[1:]) for name in gone.dropped}) + (served in gone.dropped)
+    left["erased"] += named + (1 not in {int(name[1:]) for name in gone.dropped}) + (served in gone.dropped)
     good = not any(left.values()) and stored == len(kept) == 4
     figure = f"left of opted out, expired, erased: {[*left.values()]}; {stored} of {len(kept)} were there before"
     return Found(good, figure)
@@ -111,6 +115,13 @@ def logs_hold_no_user_data(trial: Trial) -> Found:
     return Found(
         not found and log.count("request_id") > 20, f"{len(forbidden) - len(found)} of 4 kinds absent {found}"
     )
+
+
+def _welch(first: list[int], second: list[int]) -> float:
+    """p of Welch's test that two large samples have one mean; the slowest hundredth is other processes'."""
+    kept = [sorted(each)[: int(0.99 * len(each))] for each in (first, second)]
+    error = math.sqrt(sum(variance(each) / len(each) for each in kept))
+    return math.erfc(abs(fmean(kept[0]) - fmean(kept[1])) / error / math.sqrt(2))
 
 
 def _readable(home: Path) -> set[str]:
@@ -174,9 +185,10 @@ def keys_are_safe(trial: Trial) -> Found:
             with suppress(ServiceError):
                 access.authorize(header, "user")
             spent.append(time.perf_counter_ns() - began)
-    near, far = (median(spent) for spent in tries.values())
-    apart = abs(near - far) / far
-    return Found(not telling and apart <= 0.01, f"{len(telling)} files tell a key, medians differ by {apart:.2%}")
+    near, far = tries.values()
+    apart, chance = abs(median(near) - median(far)) / median(far), _welch(near, far)
+    figure = f"{len(telling)} files tell a key, medians differ by {apart:.2%}, p {chance:.2f}"
+    return Found(not telling and apart <= 0.01 and chance > 0.01, figure)
 
 
 @promise("T4", "limits are fair", timed=True)
@@ -209,7 +221,7 @@ def limits_are_fair(trial: Trial) -> Found:
             thread.join()
     most = per_minute / 60 * (seconds + BURST_S)
     greedy, modest = found[keys[0]], found[keys[1]]
-    good = 0 < greedy[200] <= 1.01 * most + 1 and greedy[429] > greedy[200] and modest[429] == silent == 0
+    good = 0 < greedy[200] <= 1.01 * most and greedy[429] > greedy[200] and modest[429] == silent == 0
     figure = f"{greedy[200]} of {greedy.total()} answered (at most {most:.0f}), "
     figure += f"the other's {modest[200]} of {modest.total()}"
     return Found(good, figure)

@@ -173,7 +173,7 @@ def _weights(value: float) -> dict[str, Tensor]:
 @promise("A5", "corruption is caught")
 def corruption_is_caught(trial: Trial) -> Found:
     """Single bits flipped anywhere in a version's files; it must not be read, nor be promoted."""
-    dice, times, refused = trial.dice, trial.times(200, 1000), Counter[str]()
+    dice, times, refused, by_luck = trial.dice, trial.times(200, 1000), Counter[str](), Counter[str]()
     store = _made(trial.folder)
     version = store.publish(Draft(_weights(1.0), "worker", 0, (0.0,), query_ids=("q1", "q2"))).version
     files = sorted(path for path in (store.folder / f"v{version:04d}").iterdir())
@@ -188,9 +188,11 @@ def corruption_is_caught(trial: Trial) -> Found:
             store.weights(version)
         except StoreError:
             refused[path.name] += 1
+        except Exception as error:  # by luck, further on: nobody is prepared for it
+            by_luck[type(error).__name__] += 1
         path.write_bytes(whole)
     store.promote(version)
-    return Found(refused.total() == times, f"{refused.total()} of {times} refused ({dict(refused)})")
+    return Found(refused.total() == times, f"{refused.total()} of {times} refused ({dict(refused | by_luck)})")
 
 
 @promise("A6", "adapters that do not fit are refused before the swap")
@@ -230,9 +232,13 @@ def misfits_are_refused(trial: Trial) -> Found:
 
 
 def _is_served(engine: Engine, store: AdapterStore, draft: Draft) -> bool:
+    """Whether a version that is promoted gets past the engine."""
     version = store.publish(draft).version
     store.promote(version)
-    return asyncio.run(engine.refresh()) == version
+    try:
+        return asyncio.run(engine.refresh()) == version
+    except Exception:  # the engine refuses in good order, or it is not prepared for this
+        return True
 
 
 @promise("A7", "rollback and reset are exact and quick", timed=True)

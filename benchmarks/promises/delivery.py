@@ -134,7 +134,8 @@ def ledger(short: bool, seed: int, broken: str) -> Ledger:
         with product, product.client() as client:  # it learns on what is left idle: soon nobody asks any more
             for _ in range(12):
                 asked.once(client)
-            eventually(lambda: _has_gone_on(home), 60 if broken else LEARNED_S)
+            with suppress(TimeoutError):  # where nothing is learned R3 says so
+                eventually(lambda: _has_gone_on(home), 60 if broken else LEARNED_S)
         # Everybody has stopped in good order: the file is what a restart would find.
         store = AdapterStore(home / "store")
         trained = Counter(query_id for number in _line(store) for query_id in store.manifest(number).query_ids)
@@ -211,7 +212,8 @@ def poison_is_set_aside(trial: Trial) -> Found:
             buffer = client.adaptation.status().buffer
             return buffer.connected and buffer.waiting + buffer.pending == 0
 
-        eventually(settled, 60 if trial.broken else SETTLED_S)
+        with suppress(TimeoutError):  # what is not settled is counted below
+            eventually(settled, 60 if trial.broken else SETTLED_S)
         counts = client.adaptation.status().buffer.ledger
     done = sum(counts[name] for name in ("trained", "no_signal", "rejected"))
     return Found(
@@ -261,7 +263,7 @@ def redis_is_not_our_outage(trial: Trial) -> Found:
     slower_ms = 1e3 * (max(_p99(hung), _p99(down)) - _p99(usual))
     figure = f"{failed} failed, p99 +{slower_ms:.0f} ms, buffering back after {back_s:.1f} s"
     enough = min(len(hung.times_s), len(down.times_s)) > 5 and not hung.acked
-    return Found(failed == 0 and back_s <= 5 and slower_ms <= 50 + 20 and enough, figure)
+    return Found(failed == 0 and back_s <= 5 and slower_ms <= 50 and enough, figure)
 
 
 def _ask_for(asked: Asked, client: Client, seconds: float) -> None:

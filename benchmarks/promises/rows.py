@@ -36,6 +36,7 @@ class Found:
 
     kept: bool
     figure: str
+    crashed: bool = False  # the check itself came to no end: that says nothing about the promise
 
 
 @dataclass(frozen=True, slots=True)
