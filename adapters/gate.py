@@ -19,8 +19,8 @@ from torch import Tensor
 
 from servetune.adapters import growth
 from servetune.adapters.answers import canonical
+from servetune.adapters.ballots import Lesson
 from servetune.adapters.calibration import confidence, expected_accuracy, fit_temperature
-from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.types import Query, Verdict
 from servetune.adapters.views import SAME

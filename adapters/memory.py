@@ -2,80 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from servetune.adapters import consensus
-from servetune.adapters.features import tensors
-from servetune.adapters.policy import Observation
-from servetune.adapters.types import Query
+from servetune.adapters.ballots import (
+    Ballot,
+    Lesson,
+    by_question,
+    columns_of,
+    has_few_answers,
+    places_of,
+    table_of,
+)
 from servetune.adapters.views import SAME
+from servetune.adapters.worth import Worth, weigh
 
-MEASURED = 64  # the views are compared on the last so many queries that were looked at in all of them
-MEASURED_FEW = 512  # among few answers: on the last so many queries, each view on those that were looked at in it
-MIN_MEASURED = 8
-FEW = 16  # answers; more of them are a label set that one image tells little about
 PSEUDO_COUNT = 1.0  # votes that every one of few answers has beforehand
-DOUBT = 2.0  # weight of a view's mean entropy among few answers
-LEAD = 0.02  # nats, two standard errors below the mean, by which a view must tell more than the image as sent
 MIN_ASKED = 4  # images about which a question must have been asked to be judged by itself
 KEPT = 0.2  # of an open question's target at most is for answers that its stream does not show
 SHOWN = 0.1  # of the commonest answer's wins, below which an open question's stream does not show an answer
 POLAR = {"yes", "no"}  # a stream that shows one shows the other: it is what else there is to say
 SOME_VOTES, MOST_VOTES = 0.01, 0.7  # shares, for telling wordings of one question by their answers
 MIN_BALANCED = 8  # labels, and queries, from which balancing makes sense
-
-
-@dataclass(slots=True)
-class Ballot:
-    """One query's answers, how likely the reference finds each in each view, and what learning from it needs."""
-
-    query: Query  # without its images
-    answers: tuple[str, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    scores: dict[str, Tensor]  # view -> (M,) log-probabilities over the answers, normalised
-    observations: dict[str, Observation]  # the views to learn from
-    embedding: Tensor  # (D,) mean vision feature
-    valid: float  # share of the rollouts with a valid answer; 1 in a closed set
-    measured: bool  # looked at in all views
-    witness: bool = False  # votes, but is never learned from: the gate asks it
-    updates: int = 0
-    rounds: int = 1  # of voting
-    votes: dict[str, Tensor] = field(default_factory=dict)  # as scores; in the first round those
-
-    def __post_init__(self) -> None:
-        self.votes = self.votes or self.scores
-
-    @property
-    def num_bytes(self) -> int:
-        """Memory of the tensors that are kept to learn from."""
-        kept = ([one.prompt.inputs, one.features] for one in self.observations.values())
-        return sum(tensor.nbytes for one in kept for tensor in tensors(one))
-
-
-@dataclass(frozen=True, slots=True)
-class Lesson:
-    """What a ballot teaches: the vote as probabilities of its answers, and what is made of it to learn from."""
-
-    ballot: Ballot
-    vote: Tensor  # (M,)
-    target: Tensor  # (M,), sharpened
-    prior: Tensor  # (M,) log of how often the stream shows each answer; alike in a long list of labels
-    shown: Tensor  # (M,) bool: whether the stream shows the answer; else its target is the reference's probability
-    divergence: float  # KL(target || reference on the image as it was sent), nats
-    dependence: float | None  # as `Memory.dependence`, of this question; None if it was asked too seldom to tell
-    rehearsed: bool = False  # its votes tell nothing new, so it teaches nothing; it is to be answered as before
-
-    @property
-    def majority(self) -> float:
-        """Share of the answer with the most votes."""
-        return float(self.vote.max())
 
 
 @dataclass(slots=True)
@@ -87,8 +41,7 @@ class Memory:
     temperature: float = 0.5
     _ballots: deque[Ballot] = field(init=False)
     _bytes: int = field(default=0, init=False)
-    _worth: dict[bool, dict[str, float]] | None = field(default=None, init=False)
-    _tell_more: bool = field(default=False, init=False)
+    _worth: Worth | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._ballots = deque()
@@ -119,29 +72,11 @@ class Memory:
         self._bytes = sum(ballot.num_bytes for ballot in self._ballots)
         self._worth = None
 
-    def worth(self) -> dict[bool, dict[str, float]]:
-        """What each view is worth, in nats, among few answers (True) and among many.
-
-        Among many, mutual information of images and answers over all questions together, taken over queries that
-        were looked at in all views. Among few, the mutual information on one question, less the mean entropy: how
-        often the few answers are given says more about the stream than the view. Empty before there is enough.
-        """
+    def worth(self) -> Worth:
+        """What each view is worth on this stream."""
         if self._worth is None:
-            few, many = ([b for b in self._ballots if has_few_answers(b.query) == kind] for kind in (True, False))
-            leads = _leads(few[-MEASURED_FEW:])
-            among_few = {view: float(lead.mean()) for view, lead in leads.items()}
-            self._worth = {True: among_few, False: _worth_among_many(many)}
-            self._tell_more = any(_at_least(lead) >= LEAD for lead in leads.values())
+            self._worth = weigh(self._ballots)
         return self._worth
-
-    def views_tell_more(self) -> bool:
-        """Whether some view tells more about images with few answers than the image as it was sent, beyond chance.
-
-        The votes on open questions are over views alone. Where no view tells more, as where parts of the image are
-        hidden, they know what the model knows.
-        """
-        self.worth()
-        return self._tell_more
 
     def lessons(self, later_rounds: bool = True) -> list[Lesson]:
         """What every ballot teaches, given all the others, in the order in which they came.
@@ -156,7 +91,7 @@ class Memory:
         for (ballots, logvotes), dependence, answers in zip(questions, dependences, shown, strict=True):
             lessons = _lessons(ballots, logvotes, dependence, answers, self.temperature)
             one_answer = answers is not None and len(answers) == 1  # it can be given without looking
-            if one_answer or not (ballots[0].query.labels or self.views_tell_more()):
+            if one_answer or not (ballots[0].query.labels or self.worth().tells_more):
                 lessons = [replace(lesson, rehearsed=True) for lesson in lessons]
             found |= {lesson.ballot.query.id: lesson for lesson in lessons}
         return _with_priors([found[ballot.query.id] for ballot in self._ballots])
@@ -183,25 +118,25 @@ class Memory:
 
     def _half(self, ballots: Sequence[Ballot], half: int) -> Tensor:
         """(N, L) normalised votes of every other view, in the order of their worth."""
-        worth = self.worth()[has_few_answers(ballots[0].query)]
         rows = []
         for ballot in ballots:
-            weights = dict(zip(ballot.votes, _weights([*ballot.votes], worth), strict=True))
+            worth = self.worth().weights(ballot.query, [*ballot.votes])
+            weights = dict(zip(ballot.votes, worth.tolist(), strict=True))
             views = sorted(weights, key=weights.__getitem__, reverse=True)[half::2]
             shares = torch.tensor([weights[view] for view in views]).clamp(min=1e-9)
             rows.append(shares / shares.sum() @ torch.stack([ballot.votes[view] for view in views]))
-        return _table(ballots, _columns(ballots), rows).log_softmax(-1)
+        return table_of(ballots, columns_of(ballots), rows).log_softmax(-1)
 
     def _kinds(self) -> list[list[Ballot]]:
-        return _by_question(self._ballots)
+        return by_question(self._ballots)
 
     def _pooled(self, ballots: Sequence[Ballot], later_rounds: bool = True) -> Tensor:
         """(N, L) normalised votes on one question: mean log-probability over views, weighted by their worth."""
-        worth = self.worth()[has_few_answers(ballots[0].query)]
+        worth, query = self.worth(), ballots[0].query
         votes = [ballot.votes if later_rounds else ballot.scores for ballot in ballots]
-        weights = {views: torch.tensor(_weights(views, worth)) for views in map(tuple, votes)}
+        weights = {views: worth.weights(query, views) for views in map(tuple, votes)}
         rows = [weights[tuple(each)] @ torch.stack(list(each.values())) for each in votes]
-        return _table(ballots, _columns(ballots), rows).log_softmax(-1)
+        return table_of(ballots, columns_of(ballots), rows).log_softmax(-1)
 
 
 _Question = tuple[list[Ballot], Tensor]
@@ -220,7 +155,7 @@ def _shown(questions: Sequence[_Question], wordings: Sequence[list[int]]) -> lis
     for numbers in groups:
         wins: Counter[str] = Counter()
         for ballots, logvotes in (questions[number] for number in numbers):
-            answers = [*_columns(ballots)]
+            answers = [*columns_of(ballots)]
             wins.update(answers[place] for place in logvotes.argmax(-1).tolist())
         if wins.total() >= MIN_ASKED:
             shown = {answer for answer, won in wins.items() if won >= SHOWN * max(wins.values())}
@@ -252,11 +187,11 @@ def _dependences(
 
 def _together(questions: Sequence[_Question]) -> Tensor:
     """(N, L) log-votes on several questions, over the answers of all."""
-    columns = consensus.common_space([tuple(_columns(ballots)) for ballots, _ in questions])
+    columns = consensus.common_space([tuple(columns_of(ballots)) for ballots, _ in questions])
     tables = []
     for ballots, logvotes in questions:
         table = torch.full((len(ballots), len(columns)), consensus.FLOOR)
-        table[:, [columns[answer] for answer in _columns(ballots)]] = logvotes
+        table[:, [columns[answer] for answer in columns_of(ballots)]] = logvotes
         tables.append(table)
     return torch.cat(tables).log_softmax(-1)
 
@@ -266,7 +201,7 @@ def _wordings(questions: Sequence[_Question]) -> list[list[int]]:
     groups: list[tuple[Counter[str], list[int]]] = []
     for number, (ballots, logvotes) in enumerate(questions):
         if not ballots[0].query.labels:
-            votes = zip(_columns(ballots), logvotes.exp().sum(0).tolist(), strict=True)
+            votes = zip(columns_of(ballots), logvotes.exp().sum(0).tolist(), strict=True)
             groups.append((Counter(dict(votes)), [number]))
     groups.sort(key=lambda group: -group[0].total())
     for index in reversed(range(len(groups))):  # the rarest joins the most common that covers it
@@ -293,8 +228,8 @@ def _lessons(
     temperature: float,
 ) -> list[Lesson]:
     """The lessons of one kind: the same question about different images; `answers` are those that are shown."""
-    columns = _columns(ballots)
-    reference = _table(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
+    columns = columns_of(ballots)
+    reference = table_of(ballots, columns, [ballot.scores[SAME] for ballot in ballots])
     closed = bool(ballots[0].query.labels)
     if closed:
         neighbours = consensus.mutual_neighbours(torch.stack([b.embedding for b in ballots]))
@@ -312,7 +247,7 @@ def _lessons(
     divergences = (targets * (targets.clamp(min=1e-9).log() - reference)).sum(-1).tolist()
     lessons = []
     for ballot, vote, target, divergence in zip(ballots, logvotes.exp(), targets, divergences, strict=True):
-        own = slice(None) if closed else _places(ballot, columns)
+        own = slice(None) if closed else places_of(ballot, columns)
         shares = target[own] / target[own].sum()
         flat = torch.zeros_like(shares)
         lessons.append(Lesson(ballot, vote[own], shares, flat, shown[own], divergence, dependence))
@@ -332,104 +267,3 @@ def _with_priors(lessons: Sequence[Lesson]) -> list[Lesson]:
         else lesson
         for lesson in lessons
     ]
-
-
-def has_few_answers(query: Query) -> bool:
-    """Whether a query is an open question or offers a short list of labels."""
-    return len(query.labels) <= FEW
-
-
-def _columns(ballots: Sequence[Ballot]) -> dict[str, int]:
-    """A column for each answer that any of the ballots has."""
-    if len({ballot.answers for ballot in ballots}) == 1:
-        return {answer: column for column, answer in enumerate(ballots[0].answers)}
-    return consensus.common_space([ballot.answers for ballot in ballots])
-
-
-def _places(ballot: Ballot, columns: Mapping[str, int]) -> list[int]:
-    return [columns[answer] for answer in ballot.answers]
-
-
-def _table(ballots: Sequence[Ballot], columns: Mapping[str, int], rows: Sequence[Tensor]) -> Tensor:
-    """(N, L) log-probabilities from one row per ballot; answers that a query did not get are very unlikely."""
-    table = torch.full((len(rows), len(columns)), consensus.FLOOR)
-    if len({ballot.answers for ballot in ballots}) == 1:
-        table = torch.stack(list(rows))
-    else:
-        for index, (ballot, row) in enumerate(zip(ballots, rows, strict=True)):
-            table[index, _places(ballot, columns)] = row
-    return table.clamp(min=consensus.FLOOR)
-
-
-def _worth_among_many(ballots: Sequence[Ballot]) -> dict[str, float]:
-    kinds: dict[tuple[str, ...], list[Ballot]] = {}
-    for ballot in ballots:
-        if ballot.measured:
-            kinds.setdefault(tuple(ballot.scores), []).append(ballot)
-    measured = max(kinds.values(), key=len, default=[])[-MEASURED:]
-    if len(measured) < MIN_MEASURED:
-        return {}
-    return {view: _information_in(measured, view) for view in measured[0].scores}
-
-
-def _leads(ballots: Sequence[Ballot]) -> dict[str, Tensor]:
-    """By how many nats each view is clearer than the image as sent, on each query looked at in that view."""
-    found = {}
-    for view in dict.fromkeys(view for ballot in ballots for view in ballot.scores):
-        seen = [ballot for ballot in ballots if view in ballot.scores]
-        if len(seen) >= MIN_MEASURED:
-            found[view], as_sent = _clarity(seen, (view, SAME))
-            found[view] -= as_sent
-    return found
-
-
-def _clarity(ballots: Sequence[Ballot], views: Sequence[str]) -> list[Tensor]:
-    """(N,) in each view: what each query adds to the mutual information, less DOUBT times its answers' entropy.
-
-    The information is that on one question, KL(p || mean p) in nats. Queries on a question that was asked once are
-    left out where others were asked again.
-    """
-    kinds = [kind for kind in _by_question(ballots) if len(kind) > 1] or [list(ballots)]
-    cells: dict[tuple[int, str], int] = {}  # of one question's answers
-    places = [
-        cells.setdefault((number, answer), len(cells))
-        for number, kind in enumerate(kinds)
-        for ballot in kind
-        for answer in ballot.answers
-    ]
-    place, asked = torch.tensor(places), torch.tensor([float(len(kinds[number])) for number, _ in cells])
-    repeated = [ballot for kind in kinds for ballot in kind]
-    owner = torch.arange(len(repeated)).repeat_interleave(torch.tensor([len(b.answers) for b in repeated]))
-    found = []
-    for view in views:
-        shares = torch.cat([ballot.scores[view] for ballot in repeated]).exp()
-        means = torch.zeros(len(cells)).index_add_(0, place, shares) / asked
-        terms = (1 + DOUBT) * torch.special.xlogy(shares, shares) - torch.special.xlogy(shares, means[place])
-        found.append(torch.zeros(len(repeated)).index_add_(0, owner, terms))
-    return found
-
-
-def _at_least(values: Tensor) -> float:
-    """Two standard errors below the mean; of one value, nothing is known."""
-    return float(values.mean() - 2 * values.std() / math.sqrt(len(values))) if len(values) > 1 else -math.inf
-
-
-def _information_in(ballots: Sequence[Ballot], view: str) -> float:
-    rows = [ballot.scores[view] for ballot in ballots]
-    return consensus.mutual_information(_table(ballots, _columns(ballots), rows).log_softmax(-1))
-
-
-def _by_question(ballots: Iterable[Ballot]) -> list[list[Ballot]]:
-    """The ballots, by question and labels."""
-    kinds: dict[tuple[str, tuple[str, ...]], list[Ballot]] = {}
-    for ballot in ballots:
-        kinds.setdefault((ballot.query.question, ballot.query.labels), []).append(ballot)
-    return list(kinds.values())
-
-
-def _weights(views: Sequence[str], worth: Mapping[str, float]) -> list[float]:
-    """Of each view in the vote; one that is not yet known is worth what the least is."""
-    if not worth:
-        return [1 / len(views)] * len(views)
-    least = min(worth.values())
-    return list(consensus.view_weights({view: worth.get(view, least) for view in views}).values())

@@ -11,8 +11,8 @@ import torch
 
 from servetune.adapters import growth, tree
 from servetune.adapters.answers import canonical
+from servetune.adapters.ballots import Ballot
 from servetune.adapters.family import Family, Prefix, image_tokens
-from servetune.adapters.memory import Ballot
 from servetune.adapters.policy import Observation, Policy
 from servetune.adapters.rewards import Votes, count_votes
 from servetune.adapters.types import Query, Rollouts

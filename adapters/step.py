@@ -12,15 +12,17 @@ import torch
 from torch import Tensor
 
 from servetune.adapters import tree
+from servetune.adapters.ballots import Ballot, Lesson
 from servetune.adapters.consensus import view_weights
 from servetune.adapters.family import Prefix
 from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
-from servetune.adapters.memory import MEASURED, Ballot, Lesson, Memory, has_few_answers
+from servetune.adapters.memory import Memory
 from servetune.adapters.policy import Observation, Policy, Tokens, scaled
 from servetune.adapters.rewards import REWARDS, Votes, confidence_weight
 from servetune.adapters.rollouts import Group, cast_ballot, roll_out, vote_again
 from servetune.adapters.types import Query, StepMetrics
 from servetune.adapters.views import SAME, safe_views
+from servetune.adapters.worth import MEASURED
 
 WITNESS_EVERY = 8  # every so many queries one is never learned from
 NUM_WITNESSES = 64  # as many of them are asked
@@ -217,7 +219,7 @@ class Learner:
         """Vote on new queries, vote again on the remembered ones, and take steps on a mixture of both."""
         config = self.config
         worth = self.memory.worth()
-        new = {query.id for query in queries if self._remember(query, worth[has_few_answers(query)])}
+        new = {query.id for query in queries if self._remember(query, worth.of(query))}
         lessons = [self._corrected(lesson) for lesson in self.memory.lessons()]
         dependence = self.memory.dependence()
         values = _describe_lessons(lessons, dependence)
@@ -306,7 +308,7 @@ class Learner:
         """Let what would be published now vote beside the reference."""
         self.propose()
         for ballot in ballots:
-            known = _best(ballot.scores, self.memory.worth()[has_few_answers(ballot.query)])
+            known = _best(ballot.scores, self.memory.worth().of(ballot.query))
             vote_again(self.policy, ballot, known[: self.config.num_views // 2])
             self._revoted.append(ballot)
         self.proceed()
@@ -380,7 +382,7 @@ class Learner:
         others = [view for view in ballot.observations if view != SAME]
         if not others or torch.rand((), generator=self._generator) < 0.5:
             return SAME
-        worth = self.memory.worth()[has_few_answers(ballot.query)]
+        worth = self.memory.worth().of(ballot.query)
         weights = view_weights({view: worth.get(view, 0.0) for view in others})
         draw = torch.multinomial(torch.tensor([*weights.values()]), 1, generator=self._generator)
         return others[int(draw)]

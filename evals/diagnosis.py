@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from servetune.adapters.memory import MIN_MEASURED
 from servetune.adapters.step import FINISHED, LearnerConfig
+from servetune.adapters.worth import MIN_MEASURED
 from servetune.evals.findings import AnswerFacts, Outlook, Problem, Report, TemplateFacts
 from servetune.server.settings import Settings
 

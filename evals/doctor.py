@@ -29,8 +29,8 @@ from rich.console import Console
 from transformers.utils import cached_file
 
 from servetune.adapters import growth
+from servetune.adapters.ballots import Lesson
 from servetune.adapters.family import Family, UnsupportedModel
-from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.rollouts import roll_out
 from servetune.adapters.step import Learner, LearnerConfig

@@ -17,8 +17,8 @@ from dataclasses import asdict
 
 import structlog
 
+from servetune.adapters.ballots import Lesson
 from servetune.adapters.gate import Gate
-from servetune.adapters.memory import Lesson
 from servetune.adapters.policy import Policy
 from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig

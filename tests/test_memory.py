@@ -10,12 +10,14 @@ import torch
 from PIL import Image
 
 from servetune.adapters import tree
-from servetune.adapters.memory import LEAD, Ballot, Memory
+from servetune.adapters.ballots import Ballot
+from servetune.adapters.memory import Memory
 from servetune.adapters.policy import Policy
 from servetune.adapters.rollouts import cast_ballot, vote_again
 from servetune.adapters.step import Learner, LearnerConfig, _adjusted
 from servetune.adapters.types import Query
 from servetune.adapters.views import SAME, safe_views
+from servetune.adapters.worth import LEAD
 from tests.conftest import query, stir
 
 LABELS = tuple("abcdefgh")
@@ -47,7 +49,7 @@ def test_views_are_pooled_by_what_they_tell() -> None:
         clear = [0.1, 0.1]
         clear[right] = 0.9
         memory.add(ballot(number, {SAME: [0.55, 0.45], "blur": [c / sum(clear) for c in clear]}, spread(number)))
-    worth = memory.worth()[True]
+    worth = memory.worth().among_few
     assert worth["blur"] > 0.3 > worth[SAME] == 0
     for lesson in memory.lessons():
         assert int(lesson.target.argmax()) == int(lesson.ballot.query.id[1:]) % 2
@@ -64,7 +66,7 @@ def test_a_view_is_worth_what_it_tells_about_one_question() -> None:
         blind[2 * kind] = 0.94
         one = ballot(number, {SAME: [0.25] * 4, "blur": apart, "sharp": blind}, spread(number))
         memory.add(replace(one, query=replace(one.query, question=f"what {kind}?")))
-    worth = memory.worth()[True]
+    worth = memory.worth().among_few
     assert worth["blur"] > worth["sharp"] + 0.5
 
 
@@ -75,8 +77,8 @@ def test_each_view_is_compared_on_what_was_seen_in_it() -> None:
         if number >= 20:
             views["sharp"] = [0.99, 0.01]
         memory.add(ballot(number, views, spread(number), measured=False))
-    assert set(memory.worth()[True]) == {SAME, "blur"}  # four looks are too few
-    assert memory.worth()[False] == {}
+    assert set(memory.worth().among_few) == {SAME, "blur"}  # four looks are too few
+    assert memory.worth().among_many == {}
 
 
 def test_the_commonest_label_loses_a_close_vote() -> None:
@@ -172,7 +174,7 @@ def test_open_questions_wait_for_a_view_that_tells_more(
         shares = {SAME: guess(number % 8, 0.65), "bright": guess(number % 8, view)}
         made = ballot(number, shares, spread(number))
         memory.add(replace(made, query=replace(made.query, question="what?", labels=labels)))
-    assert memory.views_tell_more() == (view > 0.65)
+    assert memory.worth().tells_more == (view > 0.65)
     assert all(lesson.rehearsed != teaches for lesson in memory.lessons())
 
 
@@ -183,8 +185,8 @@ def test_a_view_that_is_clearer_by_chance_does_not_tell_more() -> None:
         shares = {SAME: guess(number // 2 % 8, as_sent), "bright": guess(number // 2 % 8, bright)}
         made = ballot(number, shares, spread(number))
         memory.add(replace(made, query=replace(made.query, question="what?", labels=())))
-    assert memory.worth()[True]["bright"] > LEAD
-    assert not memory.views_tell_more()
+    assert memory.worth().among_few["bright"] > LEAD
+    assert not memory.worth().tells_more
 
 
 def test_a_label_that_is_far_more_common_than_the_others_stops_nothing() -> None:
