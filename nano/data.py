@@ -21,6 +21,7 @@ from PIL import Image
 CACHE = Path(".cache/nano")
 IMAGE_SIZE = 96
 RENDER_SIZE = 256
+DRAWINGS = ("package/icons.json", "package/chars.json")  # all that is used of a vendor's package
 EXAMPLE_SIZE = 112
 
 # npm package and version of each vendor style. The held-out ones are for evaluation alone.
@@ -118,7 +119,11 @@ def fetch(style: str, version: str, cache: Path) -> Path:
             command = ["npm", "pack", "--silent", f"@iconify-json/{style}@{version}"]
             packed = subprocess.run(command, cwd=staging, check=True, capture_output=True, text=True).stdout
             with tarfile.open(Path(staging, packed.strip())) as tar:
-                tar.extractall(staging, filter="data")
+                Path(staging, "package").mkdir()
+                for name in DRAWINGS:
+                    content = tar.extractfile(name)
+                    assert content is not None
+                    Path(staging, name).write_bytes(content.read())
             if not (folder / "package").exists():  # somebody else may have been faster
                 os.rename(Path(staging, "package"), folder / "package")
     return folder / "package"

@@ -7,7 +7,6 @@ video-capable processors can be built here, so their image-only form is what is 
 from __future__ import annotations
 
 import io
-import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
 from servetune.adapters.versions import Draft
+from servetune.clients.exports import unpack
 from tests.checkpoints import FAMILIES
 from tests.conftest import noise, query, stir
 
@@ -246,10 +246,9 @@ def test_a_step_moves_the_adapter_and_plain_peft_loads_the_version(
     store.initialise(made.zero_weights(), made.peft_config(), made.base_digest, made.probe())
     weights, moments = learner.state()
     version = store.publish(Draft(weights, "worker", 0, probe, optimizer=moments)).version
-    with tarfile.open(fileobj=io.BytesIO(b"".join(store.export(version)))) as tar:
-        tar.extractall(tmp_path / "out", filter="data")
+    exported = unpack(io.BytesIO(b"".join(store.export(version))), tmp_path / "out")
     base = AutoModelForImageTextToText.from_pretrained(made.family.source)
-    plain = PeftModel.from_pretrained(base, tmp_path / "out" / "v0001").eval()
+    plain = PeftModel.from_pretrained(base, exported).eval()
     observation = made.observe(query())
     made.use("candidate")
     with torch.no_grad():
