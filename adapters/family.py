@@ -229,8 +229,13 @@ class Family:
         length = inputs["input_ids"].shape[1]
         if length >= self.max_length:
             raise PromptTooLong(f"Question and images make {length} tokens; the model takes {self.max_length}.")
-        tensors = {name: value.to(self.device) for name, value in inputs.items() if isinstance(value, Tensor)}
-        return Prompt(tensors)
+        return Prompt({name: self._placed(value) for name, value in inputs.items() if isinstance(value, Tensor)})
+
+    def _placed(self, value: Tensor) -> Tensor:
+        """A tensor on the model's device; from pinned memory, so that the GPU does not wait for the copy."""
+        if self.device.type != "cuda":
+            return value.to(self.device)
+        return value.pin_memory().to(self.device, non_blocking=True)
 
     def see(self, prompt: Prompt) -> dict[str, Any]:
         """Vision features of a prompt, projected to the language model, in the form `prefill` takes.

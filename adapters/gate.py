@@ -29,6 +29,7 @@ KL_SAMPLES = 8
 MIN_WITNESSES = 12
 SHORT_LIST = 12  # answers of a witness that are compared
 FARTHEST = 8.0  # nats
+VOUCHED = 5.0  # nats that a candidate may move for each by which it comes nearer to votes it was not taught
 CALMEST = 1.25  # temperature at which a candidate must be as honest as the base
 
 
@@ -41,6 +42,8 @@ class Limits:
     a share of the base's. `min_unshown`: probability of labels that the recent stream has not shown, on images
     that show nothing, as a share of the base's. `min_witness`: nats by which a candidate comes nearer to the votes
     on queries that were never learned from, against base and against live; few witnesses are not heard.
+    `min_settled`: the same against base, of a candidate that has learned what there is to learn.
+    `max_unvouched`: what is left of the KL to the base after VOUCHED times as much as it comes nearer to them.
     `max_surer`: mean confidence on them, at temperature CALMEST, that the votes do not account for.
     """
 
@@ -50,6 +53,8 @@ class Limits:
     min_distinct: float = 0.6
     min_unshown: float = 0.5
     min_witness: float = -0.05
+    min_settled: float = -0.01
+    max_unvouched: float = 0.2
     max_surer: float = 0.02
 
 
@@ -110,10 +115,11 @@ class Gate:
         self._replay.extend(kept)
 
     @torch.no_grad()
-    def judge(self, witnesses: Sequence[Lesson] = (), convict: bool = False) -> Verdict:
+    def judge(self, witnesses: Sequence[Lesson] = (), convict: bool = False, spans: int = 1) -> Verdict:
         """Compare the candidate with live and base; never raises for a bad candidate, says why instead.
 
         Args:
+            spans: how many candidates could have been judged since live; as many times may it have moved.
             convict: witnesses refuse only what they contradict by a standard error more than is allowed: for what
                 is live, of which not to pass on a few witnesses is no proof of harm.
         """
@@ -122,25 +128,30 @@ class Gate:
         metrics, limits = self._measure() | self._hear(witnesses), self.limits
         vouched = max(0.0, metrics.get("witness_base", 0.0))  # what the votes account for is no drift
         doubt = metrics.get("witness_error", 0.0) if convict else 0.0
+        if "witness_base" in metrics:
+            metrics["unvouched"] = metrics["kl_base"] - VOUCHED * vouched
         bounds = [
             ("kl_base", -math.inf, limits.max_kl_base + vouched),
-            ("kl_step", -math.inf, limits.max_kl_step),
+            ("kl_step", -math.inf, spans * limits.max_kl_step),
             ("valid", limits.min_valid, math.inf),
             ("distinct", limits.min_distinct, math.inf),
             ("unshown", limits.min_unshown, math.inf),
         ]
         if "witness_base" in metrics:
-            lowest = limits.min_witness - doubt
-            bounds += [(name, lowest, math.inf) for name in ("witness_base", "witness_live")]
+            bounds.append(("witness_live", limits.min_witness - doubt, math.inf))
+            lowest = limits.min_witness - doubt if convict else limits.min_settled
+            bounds.append(("witness_base", lowest, math.inf))
+            bounds.append(("unvouched", -math.inf, limits.max_unvouched + VOUCHED * doubt))
             bounds.append(("surer", -math.inf, limits.max_surer))
         # `not low <= value <= high` also catches NaN.
-        reasons = tuple(
-            f"{name} {metrics[name]:.3f} is "
+        reasons = {
+            name: f"{name} {metrics[name]:.3f} is "
             + (f"below {low:.3g}" if metrics[name] < low else f"above {high:.3g}")
             for name, low, high in bounds
             if not low <= metrics[name] <= high
-        )
-        return Verdict(not reasons, reasons, metrics)
+        }
+        early = [*reasons] == ["witness_base"] and metrics["witness_base"] >= limits.min_witness
+        return Verdict(not reasons, tuple(reasons.values()), metrics, early)
 
     def _measure(self) -> dict[str, float]:
         queries, observations = [r.query for r in self._replay], [r.observation for r in self._replay]

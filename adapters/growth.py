@@ -123,8 +123,11 @@ def _drawing(temperature: float, generator: torch.Generator | None) -> Draw:
     def draw(logprobs: Tensor, counts: Sequence[int]) -> list[Iterable[tuple[int, int]]]:
         if temperature == 0:
             return [[each] for each in zip(logprobs.argmax(-1).tolist(), counts, strict=True)]
-        shares = (logprobs / temperature).softmax(-1).cpu()  # generators live on the CPU
-        drawn = torch.multinomial(shares, max(counts), replacement=True, generator=generator).tolist()
+        # Where a number from (0, 1] falls in the cumulated shares: `multinomial` goes through the whole vocabulary
+        # once more for every draw, and would have it brought to the CPU, where generators live.
+        sums = (logprobs / temperature).softmax(-1).cumsum(-1)
+        points = 1 - torch.rand(len(counts), max(counts), generator=generator)
+        drawn = torch.searchsorted(sums, points.to(sums) * sums[:, -1:]).tolist()
         return [Counter(row[:count]).items() for row, count in zip(drawn, counts, strict=True)]
 
     return draw
@@ -160,15 +163,20 @@ def _grow(
         stopped = {row for row in {branch.row for branch in level} if watch.stopped(row)}
         logprobs = allowed(family, logits).log_softmax(-1)
         drawn = draw(logprobs, [branch.count for branch in level])
+        taken = [(number, *each) for number, found in enumerate(drawn) for each in found]
+        numbers, chosen, _ = zip(*taken, strict=True)
+        added = logprobs[list(numbers), list(chosen)].tolist()
         children = []
-        for branch, found, row in zip(level, drawn, logprobs.cpu().numpy(), strict=True):
-            for token, count in found if branch.row not in stopped else ():
-                tokens = (*branch.tokens, token)
-                logprob = branch.logprob + float(row[token])
-                if token in family.end_tokens or depth + 1 == limits[branch.row]:
-                    done[branch.row].append(Sample(tokens, logprob, count, token in family.end_tokens))
-                else:
-                    children.append(Branch(branch.row, tokens, logprob, count, branch.path))
+        for (number, token, count), logprob in zip(taken, added, strict=True):
+            branch = level[number]
+            if branch.row in stopped:
+                continue
+            grown = Branch(branch.row, (*branch.tokens, token), branch.logprob + logprob, count, branch.path)
+            if token in family.end_tokens or depth + 1 == limits[branch.row]:
+                ended = token in family.end_tokens
+                done[branch.row].append(Sample(grown.tokens, grown.logprob, count, ended))
+            else:
+                children.append(grown)
         for row in {branch.row for branch in level} - {branch.row for branch in children} - stopped:
             watch.finished(row, done[row])
         if not children:

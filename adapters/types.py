@@ -59,11 +59,20 @@ class StepMetrics:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """The gate's reasoned judgement of a candidate; `reasons` is empty when it was accepted."""
+    """The gate's reasoned judgement of a candidate; `reasons` is empty when it was accepted.
+
+    `early`: what speaks against it is only that it has not yet come near enough to the votes on other queries.
+    """
 
     accepted: bool
     reasons: tuple[str, ...]
     metrics: dict[str, float]
+    early: bool = False
 
     def as_dict(self) -> dict[str, Any]:
-        return {"accepted": self.accepted, "reasons": list(self.reasons), "metrics": dict(self.metrics)}
+        return {
+            "accepted": self.accepted,
+            "early": self.early,
+            "reasons": list(self.reasons),
+            "metrics": dict(self.metrics),
+        }

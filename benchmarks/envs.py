@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -12,7 +13,12 @@ FOLDER = Path(".cache/envs")
 
 
 def python(name: str) -> Path:
-    """The interpreter of a peer's environment, which is installed where it is missing."""
+    """The interpreter of a peer's environment, which is installed where it is missing.
+
+    It is this one where the peer is installed beside us, as on a machine that reaches no registry.
+    """
+    if find_spec(name) is not None and name != "transformers":
+        return Path(sys.executable)
     folder = FOLDER / name
     interpreter = folder / "bin" / "python"
     if not (folder / "ready").exists():

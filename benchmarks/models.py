@@ -3,6 +3,7 @@
 They are InternVLs with a Qwen2 decoder; images of 448 pixels are 256 tokens a tile. `mid` has 49 million: hidden
 size 512, 8 layers, 16 heads (8 for keys and values) and intermediate size 1536 in both towers. `large` has 390
 million, 1.5 GB: the same vision tower and a decoder of 28 layers with hidden size 1024 and intermediate size 3072.
+`2b`, for GPUs, has the shape of InternVL3-2B: 1.9 billion parameters and a vocabulary of 151,674.
 What they say means nothing; what they cost does.
 """
 
@@ -20,9 +21,21 @@ from servetune.nano import WEIGHTS
 
 VOCABULARY = 512
 LAYERS = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "num_attention_heads": 16}
+SMALL = {"num_key_value_heads": 8, "vocab_size": VOCABULARY}
 DECODERS = {
-    "mid": LAYERS,
-    "large": {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16},
+    "mid": {**LAYERS, **SMALL},
+    "large": {**LAYERS, **SMALL, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+    "2b": {
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "vocab_size": 151_674,
+    },
+}
+TOWERS = {
+    "2b": {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
 }
 SPECIAL = {
     "start_image_token": "<img>",
@@ -42,7 +55,7 @@ LINE = "what is the answer in this image? a b c d yes no cat dog red green blue 
 
 
 def checkpoint(name: str, cache: Path = Path(".cache/models")) -> Path:
-    """The folder of `nano`, of `mid` or `large`, or of a checkpoint that is named by its own folder."""
+    """The folder of `nano`, of one that is made here, or of a checkpoint that is named by its own folder."""
     if name == "nano":
         return WEIGHTS
     if name not in DECODERS:
@@ -50,23 +63,21 @@ def checkpoint(name: str, cache: Path = Path(".cache/models")) -> Path:
     folder = cache / name
     if not (folder / "done").exists():
         folder.mkdir(parents=True, exist_ok=True)
-        _make(folder, DECODERS[name])
+        _make(folder, DECODERS[name], TOWERS.get(name, LAYERS))
         (folder / "done").touch()
     return folder
 
 
-def _make(folder: Path, decoder: Mapping[str, int]) -> None:
+def _make(folder: Path, decoder: Mapping[str, int], tower: Mapping[str, int]) -> None:
     tok = _tokenizer()
     config = InternVLConfig(
         text_config={
             "model_type": "qwen2",
-            "vocab_size": VOCABULARY,
             **decoder,
-            "num_key_value_heads": 8,
             "max_position_embeddings": 8192,
             "tie_word_embeddings": False,
         },
-        vision_config={**LAYERS, "image_size": [448, 448], "patch_size": [14, 14]},
+        vision_config={**tower, "image_size": [448, 448], "patch_size": [14, 14]},
         image_token_id=tok.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=256,
         downsample_ratio=0.5,

@@ -9,7 +9,9 @@ environment of its own, which the first call installs. Every side is a process o
 and after each peer's step. A step is everything from images and question to moved weights: processor, vision,
 rollouts, rewards, reference, policy, backward, optimizer. All completions have the full length, LoRA sits on
 the same layers with the same rank, KL coefficient 0.04, no image is known from before. Seconds are CPU
-seconds of the process (wall seconds beside).
+seconds of the process (wall seconds beside). With `--device cuda` they are wall seconds, the peer makes four
+steps too, of which the first does not count, and memory is the GPU's; `--models 2b --cases bf16 paper_bf16` is a
+model of real size.
 
 Last line of stdout: JSON. Ratios are peer / ours, larger is better: `ratio_fp32_long`, `ratio_fp32_short`,
 `ratio_paper_shape`, `ratio_bf16_long` (mid, first number of threads; others with a prefix or suffix) and
@@ -53,12 +55,14 @@ CASES: dict[str, dict[str, Any]] = {
     "short": {"tokens": 5, "size": (448, 448), "dtype": "float32", "accumulate": 1},
     "paper": {"tokens": 5, "size": (2240, 896), "dtype": "float32", "accumulate": 4},
     "bf16": {"tokens": 32, "size": (448, 448), "dtype": "bfloat16", "accumulate": 1},
+    "paper_bf16": {"tokens": 5, "size": (2240, 896), "dtype": "bfloat16", "accumulate": 16},
 }
 KEYS = {
     "long": "ratio_fp32_long",
     "short": "ratio_fp32_short",
     "paper": "ratio_paper_shape",
     "bf16": "ratio_bf16_long",
+    "paper_bf16": "ratio_bf16_paper_shape",
 }
 
 
@@ -76,13 +80,15 @@ class FullLength(Learner):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["mid", "nano"])
-    parser.add_argument("--cases", nargs="+", default=[*CASES], choices=[*CASES])
+    parser.add_argument("--cases", nargs="+", default=[*CASES][:4], choices=[*CASES])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--ours", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.ours:
-        print(json.dumps(run_ours(options.models[0], options.cases[0], options.threads[0], options.rounds)))
+        chosen = options.models[0], options.cases[0], options.threads[0], options.rounds, options.device
+        print(json.dumps(run_ours(*chosen)))
         return
     result: dict[str, Any] = {}
     for model in options.models:
@@ -92,34 +98,37 @@ def main() -> None:
             for threads in options.threads:
                 prefix = "" if model == options.models[0] else f"{model}_"
                 suffix = "" if threads == options.threads[0] else f"_{threads}_threads"
-                found = compare(model, case, threads, options.rounds)
+                found = compare(model, case, threads, options.rounds, options.device)
                 print(f"{model} {case}, {threads} threads: {json.dumps(found)}", flush=True)
                 result[prefix + KEYS[case] + suffix] = found["ratio"]
                 for side in ("ours", "peer"):
                     for clock in ("cpu_s", "wall_s"):
                         result[f"{prefix}{case}_{side}_{clock}{suffix}"] = found[side][clock]
-                if case == "long" and not prefix + suffix:
+                if case == options.cases[0] and not prefix + suffix:
                     result["peak_rss_ratio"] = round(found["peer"]["peak_rss"] / found["ours"]["peak_rss"], 2)
+                if case == "long" and options.device == "cpu" and not prefix + suffix:
                     result["flop_utilisation"] = found["ours"]["flop_utilisation"]
-    result |= exactness(options.models[0])
+    result |= exactness(options.models[0], options.device)
     print(json.dumps(result))
 
 
-def compare(model: str, case: str, threads: int, rounds: int) -> dict[str, Any]:
-    """One peer step between two calls of ours, each of `rounds` steps."""
-    ours = [_call_ours(model, case, threads, rounds)]
-    peer = _call_peer(model, case, threads)
-    ours.append(_call_ours(model, case, threads, rounds))
+def compare(model: str, case: str, threads: int, rounds: int, device: str) -> dict[str, Any]:
+    """One peer step (on a GPU the median of three) between two calls of ours, each of `rounds` steps."""
+    ours = [_call_ours(model, case, threads, rounds, device)]
+    peer = _call_peer(model, case, threads, device)
+    ours.append(_call_ours(model, case, threads, rounds, device))
     both = {key: round(statistics.fmean(one[key] for one in ours), 4) for key in ours[0]}
-    return {"ratio": round(peer["cpu_s"] / both["cpu_s"], 2), "ours": both, "peer": peer}
+    clock = "cpu_s" if device == "cpu" else "wall_s"
+    return {"ratio": round(peer[clock] / both[clock], 2), "ours": both, "peer": peer}
 
 
-def _call_ours(model: str, case: str, threads: int, rounds: int) -> dict[str, float]:
+def _call_ours(model: str, case: str, threads: int, rounds: int, device: str) -> dict[str, float]:
     chosen = ["--models", model, "--cases", case, "--threads", str(threads), "--rounds", str(rounds)]
-    return _last_line([sys.executable, "-m", "benchmarks.step", "--ours", *chosen], threads)
+    command = [sys.executable, "-m", "benchmarks.step", "--ours", "--device", device, *chosen]
+    return _json_lines(command, threads)[-1]
 
 
-def _call_peer(model: str, case: str, threads: int) -> dict[str, float]:
+def _call_peer(model: str, case: str, threads: int, device: str) -> dict[str, float]:
     what = CASES[case]
     image = Path(".cache/models") / f"noise-{what['size'][0]}x{what['size'][1]}.png"
     picture(what["size"]).save(image)
@@ -132,20 +141,23 @@ def _call_peer(model: str, case: str, threads: int) -> dict[str, float]:
         "accumulate": what["accumulate"],
         "dtype": what["dtype"],
         "threads": threads,
+        "device": device,
+        "steps": 1 if device == "cpu" else 4,
     }
     flags = [text for name, value in chosen.items() for text in (f"--{name}", str(value))]
-    return _last_line([str(envs.python("trl")), str(PEER), *flags], threads)
+    steps = _json_lines([str(envs.python("trl")), str(PEER), *flags], threads)
+    counted = steps[1:] or steps
+    return {key: statistics.median(step[key] for step in counted) for key in counted[0]}
 
 
-def _last_line(command: list[str], threads: int) -> dict[str, float]:
+def _json_lines(command: list[str], threads: int) -> list[dict[str, float]]:
     done = subprocess.run(
         command, text=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": str(threads)}
     )
     lines = [line for line in done.stdout.replace("\r", "\n").splitlines() if '{"' in line]
     if done.returncode or not lines:
         raise SystemExit(f"{command} failed:\n{done.stderr[-3000:]}")
-    found: dict[str, float] = json.loads(lines[-1][lines[-1].index('{"') : lines[-1].rindex("}") + 1])
-    return found
+    return [json.loads(line[line.index('{"') : line.rindex("}") + 1]) for line in lines]
 
 
 def picture(size: tuple[int, int]) -> Image.Image:
@@ -159,9 +171,10 @@ def picture(size: tuple[int, int]) -> Image.Image:
 # --- our side ----------------------------------------------------------------------------------------
 
 
-def load(model: str, dtype: str) -> Policy:
+def load(model: str, dtype: str, device: str = "cpu") -> Policy:
     """A policy whose adapter differs from its reference, without a memory of images."""
-    policy = Policy(Family.load(str(checkpoint(model)), dtype=getattr(torch, dtype)), LoraSpec(), (SLOT,), 0)
+    family = Family.load(str(checkpoint(model)), device, getattr(torch, dtype))
+    policy = Policy(family, LoraSpec(), (SLOT,), 0)
     weights = policy.zero_weights()
     generator = torch.Generator().manual_seed(0)
     for key, value in weights.items():
@@ -171,11 +184,11 @@ def load(model: str, dtype: str) -> Policy:
     return policy
 
 
-def run_ours(model: str, case: str, threads: int, rounds: int) -> dict[str, float]:
+def run_ours(model: str, case: str, threads: int, rounds: int, device: str) -> dict[str, float]:
     """Medians over the steps after the first."""
     torch.set_num_threads(threads)
     what = CASES[case]
-    policy = load(model, what["dtype"])
+    policy = load(model, what["dtype"], device)
     policy.family.end_tokens = frozenset()
     learner = FullLength(policy, LearnerConfig.named("ttrv", num_rollouts=NUM, max_tokens=what["tokens"]), SLOT)
     query = Query("bench", (picture(what["size"]),), QUESTION)
@@ -183,11 +196,14 @@ def run_ours(model: str, case: str, threads: int, rounds: int) -> dict[str, floa
     for _ in range(rounds + 1):
         began = time.process_time(), time.perf_counter()
         learner.step([query])
+        if device != "cpu":
+            torch.cuda.synchronize()
         spent.append((time.process_time() - began[0], time.perf_counter() - began[1]))
     cpu, wall = (statistics.median(clock) for clock in zip(*spent[1:], strict=True))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = resident if device == "cpu" else torch.cuda.max_memory_allocated()
     made = {"cpu_s": cpu, "wall_s": wall, "peak_rss": peak}
-    if case == "long":
+    if case == "long" and device == "cpu":
         made["flop_utilisation"] = useful_flops(policy, query, what["tokens"]) / cpu / gemm_rate()
     return made
 
@@ -240,15 +256,15 @@ def _is_linear(name: str) -> bool:
 # --- the same gradient -------------------------------------------------------------------------------
 
 
-def exactness(model: str, num: int = NUM, length: int = 8) -> dict[str, float]:
+def exactness(model: str, device: str, num: int = NUM, length: int = 8) -> dict[str, float]:
     """Tree and N plain copies on the same completions: relative gradient and largest difference."""
-    policy = load(model, "float32")
+    policy = load(model, "float32", device)
     policy.use(SLOT)
     family, query = policy.family, Query("bench", (picture((448, 448)),), QUESTION)
     vocabulary = family.model.config.get_text_config().vocab_size
     drawn = torch.randint(0, vocabulary, (num, length), generator=torch.Generator().manual_seed(2))
     drawn[torch.isin(drawn, family.forbidden)] = family.end_token
-    advantage = torch.randn(num, 1, generator=torch.Generator().manual_seed(3))
+    advantage = torch.randn(num, 1, generator=torch.Generator().manual_seed(3)).to(family.device)
     found = []
     for plain in (False, True):
         if plain:
@@ -273,10 +289,11 @@ def _copied_logprobs(policy: Policy, query: Query, completions: Tensor) -> Tenso
     num, length = completions.shape
     prompt = policy.family.prompt(query.images, query.question).inputs
     inputs = {name: value.repeat_interleave(num, 0) for name, value in prompt.items()}
+    completions = completions.to(policy.family.device)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], completions], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     logits = policy.family.model(**inputs, use_cache=False, logits_to_keep=length + 1).logits[:, :-1].float()
-    logits = logits.index_fill(-1, policy.family.forbidden, float("-inf"))
+    logits = tree.allowed(policy.family, logits)
     return logits.log_softmax(-1).gather(-1, completions[..., None])[..., 0]
 
 

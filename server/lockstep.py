@@ -46,8 +46,9 @@ class ListStream:
         self.waiting = kept + self.waiting
 
     def report(self, status: WorkerStatus) -> None:
-        if status.last_verdict is not None and status.last_verdict is not self.status.last_verdict:
-            self.verdicts.append(status.last_verdict)
+        verdict = status.last_verdict
+        if verdict is not None and verdict is not self.status.last_verdict and not verdict["early"]:
+            self.verdicts.append(verdict)
         self.status = status
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import structlog
 
@@ -34,6 +34,7 @@ SLOTS = ("candidate", "live")
 POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
 RETRY_S = 2.0  # after Redis or the disk failed
 RETREATS = 3
+MAX_SPANS = 12  # times `steps_per_candidate` that a candidate may go on learning unserved
 
 log = structlog.get_logger()
 
@@ -67,6 +68,7 @@ class Worker:
         self._leased: list[Delivery] = []  # everything taken and not settled
         self.failures = 0  # steps
         self._first_step = 0
+        self._judged_step = 0
         self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
         self._adrift = False  # a turn broke off, and the candidate with it
@@ -115,7 +117,8 @@ class Worker:
             if not self._replay():
                 return
         moved = self.learner.steps > self._first_step
-        enough = self.learner.steps - self._first_step >= self._settings.steps_per_candidate
+        last = max(self._first_step, self._judged_step)
+        enough = self.learner.steps - last >= self._settings.steps_per_candidate
         if self._held and not moved and not self.learner.unfinished:
             self._settle(self._held, "no_signal")
             self._held = []
@@ -186,7 +189,12 @@ class Worker:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
         witnesses = self.learner.witnesses()
         verdict = self._judge(witnesses)
+        self._judged_step = self.learner.steps
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
+        if verdict.early:
+            log.info("candidate_waits", reasons=verdict.reasons)
+            self.learner.proceed()
+            return
         if not verdict.accepted:
             log.warning("candidate_rejected", reasons=verdict.reasons)
             self.learner.forget(d.query.id for d in self._held)
@@ -216,15 +224,21 @@ class Worker:
         self._reset_when_due()
 
     def _judge(self, witnesses: Sequence[Lesson]) -> Verdict:
-        """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly."""
+        """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly.
+
+        An early one is left as it is while there is more to learn.
+        """
         self.learner.propose()
-        verdict = self._gate.judge(witnesses)
+        spans = math.ceil((self.learner.steps - self._first_step) / self._settings.steps_per_candidate)
+        verdict = self._gate.judge(witnesses, spans=spans)
+        if verdict.early and self.learner.unfinished and spans < MAX_SPANS:
+            return verdict
         for _ in range(RETREATS):
             if verdict.accepted or not verdict.metrics:  # without metrics: not finite, and no way leads back
                 break
             self.learner.retreat(self._policy.weights(SLOTS[1]))
             verdict = self._gate.judge(witnesses)
-        return verdict
+        return replace(verdict, early=False)
 
     def _publish(self, verdict: Verdict) -> None:
         weights, moments = self.learner.state()

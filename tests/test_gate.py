@@ -109,6 +109,39 @@ def test_witnesses_that_the_candidate_contradicts_refuse_it(policy: Policy) -> N
     assert made.judge(witnesses[:5]).accepted, "few witnesses are not heard"
 
 
+@pytest.mark.parametrize(
+    ("found", "accepted", "early"),
+    [
+        ({"witness_base": 0.0}, True, False),
+        ({"witness_base": -0.03}, False, True),
+        ({"witness_base": -0.06}, False, False),
+        ({"witness_base": -0.03, "surer": 0.1}, False, False),
+        ({"witness_base": 0.0, "kl_base": 0.3}, False, False),
+        ({"witness_base": 0.1, "kl_base": 0.3}, True, False),
+        ({"witness_base": 0.1, "kl_base": 0.8}, False, False),
+        ({"kl_step": 0.5}, False, False),
+    ],
+)
+def test_what_witnesses_are_needed_for(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch, found: dict[str, float], accepted: bool, early: bool
+) -> None:
+    """Near enough to their votes, or early; and nearer, the more has changed."""
+    measured = {"kl_base": 0.1, "kl_step": 0.1, "valid": 1.0, "distinct": 1.0, "unshown": 1.0}
+    heard = {"witness_base": 0.0, "witness_live": 0.0, "witness_error": 0.04, "surer": 0.0}
+    monkeypatch.setattr(Gate, "_measure", lambda _: measured | found)
+    monkeypatch.setattr(Gate, "_hear", lambda *_: {k: found.get(k, v) for k, v in heard.items()})
+    verdict = Gate(policy).judge()
+    assert (verdict.accepted, verdict.early) == (accepted, early)
+
+
+def test_a_candidate_of_several_spans_may_have_moved_as_many_times_as_far(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = {"kl_base": 0.5, "kl_step": 0.5, "valid": 1.0, "distinct": 1.0, "unshown": 1.0}
+    monkeypatch.setattr(Gate, "_measure", lambda _: dict(measured))
+    assert [Gate(policy).judge(spans=spans).accepted for spans in (1, 2)] == [False, True]
+
+
 def test_what_is_live_is_convicted_only_beyond_doubt(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """As bad as 0.06 nats with a standard error of 0.04 refuses a candidate; what is live stays until 0.1."""
     wide = Limits(max_kl_base=1e9, max_kl_step=1e9, min_valid=0, min_distinct=0, min_unshown=0, max_surer=1e9)

@@ -162,7 +162,7 @@ async def test_what_no_longer_passes_is_rolled_back(
         assert (store.live().version, store.aliases()["last-good"]) == (2, 1)
         judged = []
 
-        def judge(self: Gate, *_: Any, convict: bool = False) -> Verdict:
+        def judge(self: Gate, *_: Any, convict: bool = False, **__: Any) -> Verdict:
             assert convict == bool(judged), "only what was live gets the benefit of the doubt"
             judged.append((self.policy.weights("candidate"), self.policy.weights("live")))
             passed = verdicts[len(judged) - 1]
@@ -199,6 +199,59 @@ async def test_a_damaged_last_good_is_not_gone_back_to(
     assert (store.live().version, store.aliases()["last-good"]) == (0, 0)
 
 
+async def test_an_early_candidate_goes_on_learning_unserved(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While there is more to learn; then the gate's word counts, and what was learned meanwhile is published."""
+    await ask(settings, valkey.url, 3 * BATCH)
+    verdicts = [Verdict(False, ("not near enough",), {"early": 1.0}, early=True)] * 3
+    spans: list[int] = []
+
+    def judge(self: Gate, *_: Any, **named: Any) -> Verdict:
+        spans.append(named.get("spans", 1))
+        return verdicts.pop() if verdicts else Verdict(True, (), {})
+
+    monkeypatch.setattr(Gate, "judge", judge)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.learner._unfinished = True
+        for turn in range(2):
+            worker.turn()
+            assert store.versions() == [0]
+            assert worker.learner.steps == turn + 1
+        assert await ledger(settings, valkey.url) == {"left": 3 * BATCH}
+        ahead = policy.weights("candidate")
+        worker.learner._unfinished = False
+        worker.turn()
+    assert spans == [1, 2, 3, 1], "the third is tried at half its way, as any that is refused for good"
+    made = store.manifest(store.live().version)
+    assert (made.version, made.step_range, len(made.query_ids)) == (1, (1, 3), 3 * BATCH)
+    assert await ledger(settings, valkey.url) == {"trained": 3 * BATCH}
+    assert any(not torch.equal(ahead[key], value) for key, value in store.weights(1).items())
+
+
+async def test_an_early_candidate_waits_no_longer_than_its_time(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    await ask(settings, valkey.url, 2 * BATCH)
+    early = Verdict(False, ("not near enough",), {"early": 1.0}, early=True)
+    monkeypatch.setattr(Gate, "judge", lambda *_, **__: early)
+    monkeypatch.setattr("servetune.server.worker.MAX_SPANS", 2)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.learner._unfinished = True
+        worker.turn()
+        assert await ledger(settings, valkey.url) == {"left": 2 * BATCH}
+        worker.turn()
+    assert await ledger(settings, valkey.url) == {"rejected": 2 * BATCH}
+
+
 async def test_an_unheard_candidate_keeps_the_temperature_of_what_it_came_from(
     settings: Settings,
     policy: Policy,
@@ -209,7 +262,7 @@ async def test_an_unheard_candidate_keeps_the_temperature_of_what_it_came_from(
     await ask(settings, valkey.url, 2 * BATCH)
     with at_work(settings, policy, store, valkey.url) as worker:
         for metrics in ({"temperature": 1.1}, {}):
-            monkeypatch.setattr(Gate, "judge", lambda *_, metrics=metrics: Verdict(True, (), metrics))
+            monkeypatch.setattr(Gate, "judge", lambda *_, metrics=metrics, **__: Verdict(True, (), metrics))
             worker.turn()
     assert [store.manifest(version).temperature for version in (1, 2)] == [1.1, 1.1]
 
@@ -367,7 +420,7 @@ async def test_a_query_withdrawn_while_it_is_learned_is_not_published(
             judge = Gate.judge
             reached, go_on = threading.Event(), threading.Event()
 
-            def wait(gate: Gate, *_: Any) -> Any:
+            def wait(gate: Gate, *_: Any, **__: Any) -> Any:
                 reached.set()
                 assert go_on.wait(10)
                 return judge(gate)

@@ -1,7 +1,8 @@
 """GRPO steps of TRL's GRPOTrainer on one image and question, in an environment of its own (`envs.py`).
 
 Prints one JSON line per step: CPU and wall seconds from `on_step_begin` to `on_step_end`, which takes in
-generation, rewards, reference, forward, backward and optimizer, and the peak of resident memory so far.
+generation, rewards, reference, forward, backward and optimizer, and the peak of memory so far, of the process
+or of the GPU.
 """
 
 from __future__ import annotations
@@ -31,12 +32,24 @@ class Clock(TrainerCallback):
     """Times every optimizer step."""
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
+        _wait()
         self.began = time.process_time(), time.perf_counter()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        _wait()
         cpu, wall = time.process_time() - self.began[0], time.perf_counter() - self.began[1]
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        on_gpu = torch.cuda.is_initialized()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else _resident()
         print(json.dumps({"cpu_s": cpu, "wall_s": wall, "peak_rss": peak}), flush=True)
+
+
+def _wait() -> None:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
+def _resident() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def reward(completions: list[list[dict[str, str]]], **_: Any) -> list[float]:
@@ -56,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     model = AutoModelForImageTextToText.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
@@ -68,7 +82,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as out:
         config = GRPOConfig(
             output_dir=out,
-            use_cpu=True,
+            use_cpu=options.device == "cpu",
             per_device_train_batch_size=options.num // options.accumulate,
             gradient_accumulation_steps=options.accumulate,
             num_generations=options.num,
