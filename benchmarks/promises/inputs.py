@@ -28,7 +28,7 @@ KERNEL_MB = 8  # that buffers of the kernel, on both ends of a connection, take 
 LEAKS = re.compile(r"0x[0-9a-f]{6,}|Traceback|/home|/root|/tmp/|site-packages|\.py\b|st[au]_[a-z0-9]+\.")
 JSON = {"Content-Type": "application/json"}
 FORMATS = ("GIF", "BMP", "TIFF", "ICO", "PPM", "TGA", "PCX", "SGI", "JPEG2000", "PDF", "EPS", "AVIF", "MSP", "DIB")
-SECRET = "canary-3f2a"  # a word in questions that no reply may repeat
+SECRET = "canary-3f2a"  # pragma: allowlist secret - a word in questions that no reply may repeat
 
 
 @contextmanager
