@@ -6,7 +6,7 @@ import secrets
 import time
 from typing import Literal
 
-_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford base 32; pragma: allowlist secret
+_ALPHABET = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"  # Crockford's base 32  # pragma: allowlist secret
 _RANDOM_BITS = 80
 
 
