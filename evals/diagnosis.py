@@ -16,6 +16,8 @@ SENTENCES: dict[Outlook, str] = {
     "too few": "too few queries with a vote to tell: give at least 8, better 64",
     "blind": "answers do not depend on the images: learning is off",
     "settled": "nothing to gain: the model already agrees with its own votes",
+    "unclear": "no view of the images tells more than they do as sent: open questions wait until one does "
+    "(a large lead shows within 64 queries, a small one takes a few hundred)",
     "surer": "little to gain: votes would make the answers surer, but give no other ones",
     "promising": "votes differ from answers on {changed:.0%} of the queries: worth trying; "
     "measure with servetune eval if you have labels",
@@ -23,7 +25,14 @@ SENTENCES: dict[Outlook, str] = {
 HOPELESS = ("unparsable", "blind")
 
 
-def judge(votes: int, valid: float, information: float | None, divergence: float, changed: float) -> Outlook:
+def judge(
+    votes: int,
+    valid: float,
+    information: float | None,
+    divergence: float,
+    changed: float,
+    clearer: bool | None = None,
+) -> Outlook:
     """Has learning anything to gain, by the rules of the default learner? The figures are those of `DataFacts`."""
     config = LearnerConfig()
     if valid < config.min_valid:
@@ -34,6 +43,8 @@ def judge(votes: int, valid: float, information: float | None, divergence: float
         return "blind"
     if divergence < FINISHED:
         return "settled"
+    if clearer is False:
+        return "unclear"
     return "promising" if changed else "surer"
 
 

@@ -422,13 +422,16 @@ def _weigh_data(policy: Policy, settings: Settings, name: str, queries: list[Que
         "divergence": _mean(lesson.divergence for lesson in lessons),
         "changed": _mean(map(_votes_otherwise, lessons)),
     }
-    information = learner.memory.dependence()
-    outlook = judge(len(lessons), information=information, **figures)
+    information, worth = learner.memory.dependence(), learner.memory.worth()
+    clearer = worth.tells_more if any(not lesson.ballot.query.labels for lesson in lessons) else None
+    only_open = clearer is not None and all(not lesson.ballot.query.labels for lesson in lessons)
+    outlook = judge(len(lessons), information=information, clearer=clearer if only_open else None, **figures)
     return DataFacts(
         name=name,
         asked=len(queries),
         entropy=_mean(map(_entropy, lessons)),
         information=information,
+        clearer=clearer,
         outlook=outlook,
         verdict=SENTENCES[outlook].format(**figures),
         **figures,

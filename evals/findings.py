@@ -97,7 +97,7 @@ class SpeedFacts(BaseModel):
     estimated: bool
 
 
-Outlook = Literal["unparsable", "too few", "blind", "settled", "surer", "promising"]
+Outlook = Literal["unparsable", "too few", "blind", "settled", "unclear", "surer", "promising"]
 """What learning has to gain on some queries; `diagnosis.SENTENCES` says each in words."""
 
 
@@ -107,7 +107,8 @@ class DataFacts(BaseModel):
     `valid`: share of the rollouts. `entropy`: mean over queries of the answers' entropy in nats. `information`:
     nats that votes on the same question have about the images, None where no question was asked about two images.
     `divergence`: mean nats between votes and answers. `changed`: share of the queries on which the votes give
-    another answer.
+    another answer. `clearer`: whether some view of the images tells more about open questions than the image as
+    sent, as far as these queries show; None where no question is open.
     """
 
     name: str
@@ -117,6 +118,7 @@ class DataFacts(BaseModel):
     information: float | None
     divergence: float
     changed: float
+    clearer: bool | None
     outlook: Outlook
     verdict: str
 

@@ -180,21 +180,28 @@ def test_a_processor_that_cannot_render_is_no_proof(family: Family, monkeypatch:
 
 
 @pytest.mark.parametrize(
-    ("votes", "valid", "information", "divergence", "changed", "outlook"),
+    ("votes", "valid", "information", "divergence", "changed", "clearer", "outlook"),
     [
-        (64, 0.3, 2.0, 1.0, 0.5, "unparsable"),
-        (7, 1.0, 2.0, 1.0, 0.5, "too few"),
-        (64, 1.0, 0.05, 1.0, 0.5, "blind"),
-        (64, 1.0, 2.0, 0.01, 0.0, "settled"),
-        (64, 1.0, 2.0, 0.30, 0.0, "surer"),
-        (64, 1.0, 2.0, 0.30, 0.25, "promising"),
-        (64, 1.0, None, 0.30, 0.25, "promising"),
+        (64, 0.3, 2.0, 1.0, 0.5, True, "unparsable"),
+        (7, 1.0, 2.0, 1.0, 0.5, True, "too few"),
+        (64, 1.0, 0.05, 1.0, 0.5, True, "blind"),
+        (64, 1.0, 2.0, 0.01, 0.0, False, "settled"),
+        (64, 1.0, 2.0, 0.30, 0.25, False, "unclear"),
+        (64, 1.0, 2.0, 0.30, 0.0, True, "surer"),
+        (64, 1.0, 2.0, 0.30, 0.25, True, "promising"),
+        (64, 1.0, None, 0.30, 0.25, None, "promising"),
     ],
 )
 def test_the_outlook_follows_the_rules_of_the_learner(
-    votes: int, valid: float, information: float | None, divergence: float, changed: float, outlook: Outlook
+    votes: int,
+    valid: float,
+    information: float | None,
+    divergence: float,
+    changed: float,
+    clearer: bool | None,
+    outlook: Outlook,
 ) -> None:
-    assert judge(votes, valid, information, divergence, changed) == outlook
+    assert judge(votes, valid, information, divergence, changed, clearer) == outlook
     assert "{" not in SENTENCES[outlook].format(valid=valid, changed=changed)
 
 
