@@ -28,6 +28,9 @@ class Watch:
     def finished(self, row: int, samples: list[Sample]) -> None:
         """All answers to a prompt have come to an end."""
 
+    def grew(self, row: int, tokens: tuple[int, ...]) -> None:
+        """An answer to a prompt has these tokens, and will have more."""
+
     def stepped(self, depth: int) -> None:
         """Every answer that still grows has its token at this depth, from 0."""
 
@@ -63,16 +66,17 @@ def sample(
     temperature: float = 1.0,
     generator: torch.Generator | None = None,
     stop: threading.Event | None = None,
+    listen: Callable[[tuple[int, ...]], None] | None = None,
 ) -> list[Sample]:
     """Draw `num` answers to a single prompt independently; equal beginnings are one branch with a count.
 
     Temperature 0 takes the likeliest token. Log-probabilities are those at temperature 1, whatever was drawn at.
-    The returned counts sum to `num`.
+    The returned counts sum to `num`. `listen` is told the tokens of every answer that will have more.
 
     Raises:
         Stopped: `stop` was set meanwhile.
     """
-    return _grow(family, prefix, num, _drawing(temperature, generator), [max_tokens], _Stop(stop))[0]
+    return _grow(family, prefix, num, _drawing(temperature, generator), [max_tokens], _Alone(stop, listen))[0]
 
 
 def sample_each(
@@ -106,12 +110,22 @@ class _Rows(Watch):
     def finished(self, row: int, samples: list[Sample]) -> None:
         self._watch.finished(self._rows[row], samples)
 
+    def grew(self, row: int, tokens: tuple[int, ...]) -> None:
+        self._watch.grew(self._rows[row], tokens)
 
-class _Stop(Watch):
-    """Ends everything when an event is set."""
 
-    def __init__(self, stop: threading.Event | None) -> None:
+class _Alone(Watch):
+    """Of a single prompt: ends everything when an event is set, and passes on what grows."""
+
+    def __init__(
+        self, stop: threading.Event | None, listen: Callable[[tuple[int, ...]], None] | None = None
+    ) -> None:
         self._stop = stop
+        self._listen = listen
+
+    def grew(self, row: int, tokens: tuple[int, ...]) -> None:
+        if self._listen:
+            self._listen(tokens)
 
     def stopped(self, row: int) -> bool:
         if self._stop and self._stop.is_set():
@@ -145,7 +159,7 @@ def alternatives(
             found.append([(token, 1) for token in best])
         return found
 
-    return sorted(_grow(family, prefix, num, draw, [max_tokens], _Stop(stop))[0], key=lambda s: -s.logprob)
+    return sorted(_grow(family, prefix, num, draw, [max_tokens], _Alone(stop))[0], key=lambda s: -s.logprob)
 
 
 @torch.no_grad()
@@ -177,6 +191,7 @@ def _grow(
                 done[branch.row].append(Sample(grown.tokens, grown.logprob, count, ended))
             else:
                 children.append(grown)
+                watch.grew(grown.row, grown.tokens)
         for row in {branch.row for branch in level} - {branch.row for branch in children} - stopped:
             watch.finished(row, done[row])
         if not children:

@@ -123,6 +123,20 @@ def score(family: Family, prefix: Prefix, sequences: Sequence[Sequence[int]]) ->
     return padded, torch.arange(longest, device=padded.device) < lengths[:, None]
 
 
+def likelihoods(
+    family: Family, prefix: Prefix, sequence: Sequence[int], top: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each of T tokens after a single prompt, and of the likeliest in its place.
+
+    Returns:
+        (T,) log-probabilities of the tokens, (T, top) of the likeliest, and (T, top) which these are.
+    """
+    logprobs = _feed_tries(family, prefix, [Trie([sequence])])[0].log_softmax(-1)
+    best = logprobs.topk(top)
+    own = logprobs[range(len(sequence)), list(sequence)]
+    return own.cpu(), best.values.cpu(), best.indices.cpu()
+
+
 def score_each(prefixes: Prefixes, sequences: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
     """Log-probabilities of whole answers to several prompts.
 

@@ -24,13 +24,17 @@ class Query:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to answer an open question. Temperature 0 is greedy; `top_k` asks for that many alternatives."""
+    """How to answer an open question. Temperature 0 is greedy; `top_k` asks for that many alternatives.
+
+    `logprobs`: tell each token's log-probability, and those of so many of the likeliest in its place.
+    """
 
     n: int = 1
     max_tokens: int = 32
     temperature: float = 0.0
     top_k: int = 1
     seed: int | None = None
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

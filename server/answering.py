@@ -34,6 +34,24 @@ LET_OTHERS_IN = 8  # tokens of a growing answer after which what waits is answer
 
 
 @dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer with its log-probability, and the likeliest in its place with theirs."""
+
+    text: str
+    logprob: float
+    likeliest: tuple[tuple[str, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """One of the answers that were asked for, as it was drawn; its tokens where they were asked for."""
+
+    text: str
+    finish_reason: str
+    tokens: tuple[Token, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Found:
     """The part of an answer that the model decides, with what it took."""
 
@@ -47,6 +65,7 @@ class Found:
     argmax_is_label: bool | None = None
     votes: dict[str, float] | None = None
     entropy: float | None = None
+    choices: tuple[Choice, ...] = ()  # of an open question where several, or their tokens, were asked for
     inference_s: float = 0.0
 
 
@@ -62,13 +81,17 @@ class Resident:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Job:
-    """A query, the version that answers it, and who waits for the answer."""
+    """A query, the version that answers it, and who waits for the answer.
+
+    `listen` is told the text so far of a single answer that grows, on the policy's thread.
+    """
 
     query: Query
     sampling: Sampling
     version: Resident
     stop: threading.Event
     found: Future[Found]
+    listen: Callable[[str], None] | None = None
 
 
 class Answering:
@@ -220,13 +243,42 @@ class Answering:
 
     def _say(self, prefix: Prefix, job: Job) -> Found:
         family, sampling = self._policy.family, job.sampling
+        generator = _generator(sampling.seed)
         chosen = growth.sample(
-            family, prefix, 1, sampling.max_tokens, sampling.temperature, _generator(sampling.seed), job.stop
+            family, prefix, 1, sampling.max_tokens, sampling.temperature, generator, job.stop, self.listener(job)
         )[0]
         others = []
         if sampling.top_k > 1:
             others = growth.alternatives(family, prefix, sampling.top_k, sampling.max_tokens, job.stop)
-        return self._spoken(chosen, others, job, prefix.width)
+        spoken = self._spoken(chosen, others, job, prefix.width)
+        return replace(spoken, choices=self._choices(prefix, [chosen], sampling))
+
+    def listener(self, job: Job) -> Callable[[tuple[int, ...]], None] | None:
+        """What passes on the text of tokens to who listens."""
+        if (listen := job.listen) is None:
+            return None
+        return lambda tokens: listen(self._policy.family.text(tokens))
+
+    def _choices(self, prefix: Prefix, samples: Sequence[Sample], sampling: Sampling) -> tuple[Choice, ...]:
+        """Every answer that was drawn, in any order, with its tokens where the sampling asks for them."""
+        choices: list[Choice] = []
+        for one in samples:
+            text = self._policy.family.text(one.tokens)
+            tokens = None if sampling.logprobs is None else self._tokens(prefix, one, sampling.logprobs)
+            choices += [Choice(text, "stop" if one.finished else "length", tokens)] * one.count
+        return tuple(choices)
+
+    def _tokens(self, prefix: Prefix, sample: Sample, top: int) -> tuple[Token, ...]:
+        """The tokens of an answer but the one that ends it."""
+        family = self._policy.family
+        own, best, which = tree.likelihoods(family, prefix, sample.tokens, top)
+        spelt = family.tokenizer.decode
+        rows = zip(sample.tokens, own.tolist(), best.tolist(), which.tolist(), strict=True)
+        found = [
+            Token(spelt([token]), logprob, tuple((spelt([i]), p) for p, i in zip(values, ids, strict=True)))
+            for token, logprob, values, ids in rows
+        ]
+        return tuple(found[:-1] if sample.finished else found)
 
     def _spoken(self, chosen: Sample, others: Sequence[Sample], job: Job, input_tokens: int) -> Found:
         family = self._policy.family
@@ -276,6 +328,7 @@ class Answering:
             output_tokens=sum(len(one.tokens) * one.count for one in samples),
             votes=votes,
             entropy=entropy(list(shares.values())),
+            choices=self._choices(prefix, samples, sampling),
         )
 
     # --- those who come meanwhile ----------------------------------------------------------------------
@@ -305,6 +358,10 @@ class _Watch(growth.Watch):
     def finished(self, row: int, samples: list[Sample]) -> None:
         self._hand_out(row, samples)
 
+    def grew(self, row: int, tokens: tuple[int, ...]) -> None:
+        if listen := self._answering.listener(self._jobs[row]):
+            listen(tokens)
+
     def stopped(self, row: int) -> bool:
         return self._jobs[row].stop.is_set()
 
@@ -314,7 +371,8 @@ class _Watch(growth.Watch):
 
 
 def _is_greedy(sampling: Sampling) -> bool:
-    return sampling.n == 1 and sampling.temperature == 0 and sampling.top_k <= 1
+    alone = sampling.top_k > 1 or sampling.logprobs is not None
+    return sampling.n == 1 and sampling.temperature == 0 and not alone
 
 
 def _timed(found: Found, began: float) -> Found:

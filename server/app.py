@@ -17,7 +17,7 @@ from starlette.middleware import Middleware
 import servetune
 from servetune.adapters.store import AdapterStore
 from servetune.clients.types import AnswerRequest, Problem
-from servetune.server import admin, routes
+from servetune.server import admin, chat, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.bodies import MAX_IMAGES
@@ -63,6 +63,7 @@ def create_app(
         settings, engine, store, buffer, access, audit, answers, Quota(settings.requests_per_minute)
     )
     app.include_router(routes.router)
+    app.include_router(chat.router)
     if access.has_admin_key:
         app.include_router(admin.router)
     for path, scopes in declared_scopes(app):

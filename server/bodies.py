@@ -44,10 +44,13 @@ async def parse_question(headers: Headers, body: bytes) -> Asked:
             asked = await _from_form(headers, body)
         case _:
             raise ServiceError("unsupported_media_type", "Send application/json or multipart/form-data.")
-    _refuse_nul(asked.request)
-    if headers.get("servetune-adapt", "true").strip().lower() not in {"true", "1", "yes"}:
-        return replace(asked, opted_out=True)
-    return asked
+    refuse_nul(asked.request)
+    return replace(asked, opted_out=is_opted_out(headers))
+
+
+def is_opted_out(headers: Headers) -> bool:
+    """Whether the header `Servetune-Adapt` keeps a query from being learned from."""
+    return headers.get("servetune-adapt", "true").strip().lower() not in {"true", "1", "yes"}
 
 
 def _from_json(body: bytes) -> Asked:
@@ -117,7 +120,8 @@ def _texts(request: AnswerRequest) -> Iterator[tuple[str, str]]:
         yield "metadata", key + value
 
 
-def _refuse_nul(request: AnswerRequest) -> None:
+def refuse_nul(request: AnswerRequest) -> None:
+    """Raises ServiceError where a text holds a NUL character."""
     for param, text in _texts(request):
         if "\0" in text:
             raise _invalid(param, "must not hold NUL characters")

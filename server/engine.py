@@ -29,7 +29,7 @@ from servetune.adapters.sharing import release_memory
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
 from servetune.adapters.versions import CorruptVersion, StoreError, version_name
-from servetune.server.answering import Answering, Found, Job, Resident, entropy
+from servetune.server.answering import Answering, Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
 
 T = TypeVar("T")
@@ -67,6 +67,7 @@ class Outcome:
     digest: str
     queue_s: float
     inference_s: float
+    choices: tuple[Choice, ...] = ()
     views: int = 1
     rollouts: int = 0
 
@@ -141,9 +142,16 @@ class Engine:
     # --- answers -------------------------------------------------------------------------------------
 
     async def answer(
-        self, query: Query, sampling: Sampling, choice: str, deadline: float | None = None
+        self,
+        query: Query,
+        sampling: Sampling,
+        choice: str,
+        deadline: float | None = None,
+        listen: Callable[[str], None] | None = None,
     ) -> Outcome:
         """Answer with the version that `choice` names now, whatever is swapped meanwhile.
+
+        `listen` is told the text so far of a single answer that grows, on the event loop's thread.
 
         With a deadline, in seconds of the event loop's clock, the same version looks at the query again in further
         views while there is time, and all looks are pooled. Each look takes a place at the end of the queue. A
@@ -161,7 +169,8 @@ class Engine:
             whole = (
                 sampling if deadline is None else replace(sampling, top_k=max(sampling.top_k, len(query.labels)))
             )
-            found = await self._on_thread(resident, partial(self._ask, query, whole, resident))
+            ask = partial(self._ask, query, whole, resident, listen=listen and _from_thread(listen))
+            found = await self._on_thread(resident, ask)
             inference_s = found.inference_s
             if deadline is not None:
                 looks = Looks(query, sampling, dict(found.candidates), resident.temperature)
@@ -176,6 +185,7 @@ class Engine:
             argmax_is_label=found.argmax_is_label,
             votes=found.votes,
             entropy=found.entropy,
+            choices=found.choices,
             input_tokens=found.input_tokens,
             output_tokens=found.output_tokens,
             version=resident.version,
@@ -238,9 +248,16 @@ class Engine:
         self._waiting -= 1
         self._leases[version] -= 1
 
-    def _ask(self, query: Query, sampling: Sampling, version: Resident, stop: threading.Event) -> Future[Found]:
+    def _ask(
+        self,
+        query: Query,
+        sampling: Sampling,
+        version: Resident,
+        stop: threading.Event,
+        listen: Callable[[str], None] | None = None,
+    ) -> Future[Found]:
         """Let a query wait; every query comes with a turn, and a turn answers all that it can together."""
-        job = Job(query, sampling, version, stop, Future())
+        job = Job(query, sampling, version, stop, Future(), listen)
         self._answering.add(job)
         self._thread.submit(self._answering.turn)
         return job.found
@@ -341,6 +358,16 @@ class Engine:
     async def _run(self, job: Callable[[], T]) -> T:
         future: Future[T] = self._thread.submit(job)
         return await asyncio.wrap_future(future)
+
+
+def _from_thread(listen: Callable[[str], None]) -> Callable[[str], None]:
+    """Passes on what another thread says to who listens on the loop that runs here."""
+    loop = asyncio.get_running_loop()
+
+    def tell(text: str) -> None:
+        loop.call_soon_threadsafe(listen, text)
+
+    return tell
 
 
 def fewest_threads(work: Callable[[], object], most: int) -> int:

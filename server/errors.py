@@ -1,4 +1,4 @@
-"""What can go wrong, in one table, and its RFC 9457 rendering.
+"""What can go wrong, in one table, and its renderings: RFC 9457, and OpenAI's on the routes that are like theirs.
 
 Whatever is raised below becomes a ServiceError here and nowhere else. A problem document never carries the
 text of a foreign exception, nor anything that was sent except the name of the field it is about.
@@ -34,6 +34,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "origin_refused": (403, "Requests from other web sites are refused"),
     "not_found": (404, "There is nothing at this address"),
     "adapter_not_found": (404, "No such adapter, alias or version"),
+    "model_not_found": (404, "No such model"),
     "method_not_allowed": (405, "The method is not allowed here"),
     "body_timeout": (408, "The body did not arrive in time"),
     "name_taken": (409, "The name is reserved or in use"),
@@ -68,6 +69,8 @@ _BY_STATUS = {
     413: "body_too_large",
     415: "unsupported_media_type",
 }
+OPENAI_PATHS = ("/v1/chat/", "/v1/models")
+_OPENAI_KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _WHERE = {"body", "path", "query", "header"}
 
 
@@ -111,6 +114,12 @@ def _param(loc: Sequence[str | int]) -> str | None:
     return f"{name}.{loc[1]}" if len(loc) > 1 and isinstance(loc[1], int) else name
 
 
+def openai_error(error: ServiceError) -> dict[str, str | None]:
+    """An error as clients of OpenAI's API know it."""
+    kind = _OPENAI_KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "server_error")
+    return {"message": error.detail, "type": kind, "param": error.param, "code": error.code}
+
+
 def as_service_error(error: Exception) -> ServiceError:
     """The one mapping from what the parts below raise; the unforeseen is `internal_error`."""
     match error:
@@ -142,7 +151,10 @@ def as_service_error(error: Exception) -> ServiceError:
 
 
 def problem(error: ServiceError, scope: Scope) -> Response:
-    """The `application/problem+json` response for an error met while serving `scope`."""
+    """The response for an error met while serving `scope`: `application/problem+json`, or OpenAI's object."""
+    if scope["path"].startswith(OPENAI_PATHS):
+        body = json.dumps({"error": openai_error(error)})
+        return Response(body, error.status, error.headers, media_type="application/json")
     document = Problem(
         type=f"urn:servetune:problem:{error.code}",
         title=error.title,

@@ -35,7 +35,7 @@ OPEN = [Depends(Require("open"))]
 USER = [Depends(Require("user"))]
 
 
-async def _asker(caller: UserDep, services: ServicesDep) -> Principal:
+async def asker(caller: UserDep, services: ServicesDep) -> Principal:
     """Who asks a question, within what their key may ask."""
     services.quota.admit(caller.id)
     return caller
@@ -46,6 +46,16 @@ def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     return {status: {"description": "Refused, see `code`", "content": content} for status in statuses}
 
+
+def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI entries for refusals on the routes that speak as OpenAI's."""
+    error = {"type": "object", "properties": {name: {"type": ["string", "null"]} for name in _OPENAI_ERROR}}
+    schema = {"type": "object", "properties": {"error": error}, "required": ["error"]}
+    content = {"application/json": {"schema": schema}}
+    return {status: {"description": "Refused, see `code`", "content": content} for status in statuses}
+
+
+_OPENAI_ERROR = ("message", "type", "param", "code")
 
 ASK_BODY: dict[str, Any] = {
     "requestBody": {
@@ -79,19 +89,19 @@ router = APIRouter()
 @router.post("/v1/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
 @router.post("/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
 async def answer(
-    request: Request, services: ServicesDep, caller: Annotated[Principal, Depends(_asker)]
+    request: Request, services: ServicesDep, caller: Annotated[Principal, Depends(asker)]
 ) -> Response:
     """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
     asked = await parse_question(request.headers, await request.body())
     work = services.answers.answer(
         asked.request, asked.images, caller.id, request.state.request_id, asked.opted_out
     )
-    reply = await _while_connected(request, work)
+    reply = await while_connected(request, work)
     headers = {VERSION_HEADER: reply.adapter.version}
     return Response(reply.model_dump_json(), headers=headers, media_type="application/json")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """The result of `work`, which is cancelled when the client goes away."""
     working = asyncio.create_task(work)
     leaving = asyncio.create_task(_disconnected(request))

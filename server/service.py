@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
@@ -65,9 +65,25 @@ class AnswerService:
         request_id: str,
         opted_out: bool = False,
     ) -> Answer:
+        """Answer one request, as `ask` does."""
+        return self.wire(request, *await self.ask(request, images, client, request_id, opted_out))
+
+    async def ask(
+        self,
+        request: AnswerRequest,
+        images: Sequence[bytes | ImageInput],
+        client: str,
+        request_id: str,
+        opted_out: bool = False,
+        logprobs: int | None = None,
+        listen: Callable[[str], None] | None = None,
+    ) -> tuple[Outcome, Adaptation]:
         """Answer one request. Cancelling it gives up the inference and withdraws the query.
 
         Who has `opted_out` is answered as the request says, and the query is not kept.
+
+        Args:
+            logprobs: as `Sampling` has it. listen: as the engine has it.
 
         Raises:
             ServiceError: the server is not ready, or an image is refused.
@@ -75,21 +91,23 @@ class AnswerService:
             TimeoutError: not answered within `request_timeout_s`.
         """
         deadline = self._deadline(request)
+        sampling = replace(_sampling(request), logprobs=logprobs)
         with self._admitted():
             async with asyncio.timeout(self._settings.request_timeout_s):
                 query = self._query(request, await self._images.read(images))
+                answering = self._engine.answer(query, sampling, request.adapter, deadline, listen)
                 if reason := _why_not_kept(request, opted_out):
-                    return self._wire(request, await self._infer(request, query, deadline), skipped(reason))
+                    return await answering, skipped(reason)
                 keeping = self._keeper.keep(query, client, request_id)
                 try:
-                    outcome = await self._infer(request, query, deadline)
+                    outcome = await answering
                 except BaseException:  # a cancelled or failed question teaches nothing
                     keeping.withdraw()
                     raise
         if outcome.finish_reason == "unparsed":
             keeping.withdraw()
-            return self._wire(request, outcome, skipped("unparsed"))
-        return self._wire(request, outcome, await keeping.settle(self._settings.buffer_wait_s))
+            return outcome, skipped("unparsed")
+        return outcome, await keeping.settle(self._settings.buffer_wait_s)
 
     def start(self) -> None:
         """Be ready for the first request."""
@@ -127,10 +145,8 @@ class AnswerService:
         wanted = request.deadline_s or self._settings.now_deadline_s
         return asyncio.get_running_loop().time() + min(wanted, SPARE * self._settings.request_timeout_s)
 
-    async def _infer(self, request: AnswerRequest, query: Query, deadline: float | None) -> Outcome:
-        return await self._engine.answer(query, _sampling(request), request.adapter, deadline)
-
-    def _wire(self, request: AnswerRequest, outcome: Outcome, adaptation: Adaptation) -> Answer:
+    def wire(self, request: AnswerRequest, outcome: Outcome, adaptation: Adaptation) -> Answer:
+        """What became of a request, in the words of the API."""
         is_choice = request.candidate_labels is not None
         kind = "label" if is_choice else "answer"
         fields = {

@@ -78,7 +78,12 @@ class FakeEngine:
         return sorted({0, self.serving}), {self.serving: 1}
 
     async def answer(
-        self, query: Query, sampling: Sampling, choice: str, deadline: float | None = None
+        self,
+        query: Query,
+        sampling: Sampling,
+        choice: str,
+        deadline: float | None = None,
+        listen: Callable[[str], None] | None = None,
     ) -> Outcome:
         self.asked.append((query, sampling, choice))
         self.due_in_s.append(None if deadline is None else deadline - asyncio.get_running_loop().time())

@@ -98,8 +98,9 @@ def keyed(tmp_path: Path) -> World:
 
 def paths(world: World) -> list[tuple[str, str]]:
     """A request for each route; POST where that is what it takes."""
-    filled = [path.format(name="default", version="live") for path, _ in declared_scopes(world.app)]
-    acts = ("answer", "snapshot", "promote", "rollback", "reset", "pause", "resume", "erase")
+    declared = [path.replace("{model:path}", "default") for path, _ in declared_scopes(world.app)]
+    filled = [path.format(name="default", version="live") for path in declared]
+    acts = ("answer", "completions", "snapshot", "promote", "rollback", "reset", "pause", "resume", "erase")
     return [("POST" if path.endswith(acts) else "GET", path) for path in filled]
 
 
@@ -109,7 +110,8 @@ async def test_with_keys_everything_but_health_needs_one(keyed: World) -> None:
         assert (reply.status_code == 200) if path in OPEN else (reply.status_code == 401), path
         if reply.status_code == 401:
             assert reply.headers["www-authenticate"] == "Bearer"
-            assert reply.json()["code"] == "unauthorized"
+            body = reply.json()
+            assert body.get("error", body)["code"] == "unauthorized"
 
 
 async def test_a_user_key_opens_no_admin_route_and_the_attempt_is_audited(keyed: World) -> None:

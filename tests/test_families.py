@@ -223,6 +223,21 @@ def test_sampled_logprobs_are_the_scored_ones(made: Policy) -> None:
     torch.testing.assert_close(scored.sum(-1), torch.tensor([s.logprob for s in samples]), atol=1e-4, rtol=1e-4)
 
 
+def test_tokens_are_as_likely_as_they_are_scored(made: Policy) -> None:
+    stir(made, "candidate")
+    made.use("candidate")
+    with torch.no_grad():
+        prefix = made.begin(made.observe(query()))
+        own, best, which = tree.likelihoods(made.family, prefix, SEQUENCES[0], 3)
+        scored, _ = tree.score(made.family, prefix, [SEQUENCES[0]])
+        greedy = growth.sample(made.family, prefix, 1, 4, temperature=0.0)[0].tokens
+        likeliest = tree.likelihoods(made.family, prefix, greedy, 1)[2][:, 0].tolist()
+    torch.testing.assert_close(own, scored[0], atol=1e-5, rtol=1e-5)
+    assert best.shape == which.shape == (len(SEQUENCES[0]), 3)
+    assert bool((best[:, 0] >= own - 1e-6).all())
+    assert tuple(likeliest) == greedy
+
+
 def test_lora_sits_on_the_language_model_alone(made: Policy) -> None:
     wrapped = {key.split("base_model.model.")[1].rsplit(".lora_", 1)[0] for key in made.parameters("live")}
     assert wrapped
