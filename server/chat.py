@@ -140,9 +140,7 @@ async def completions(
     refuse_nul(asked)
     opted_out = is_opted_out(request.headers)
     exchange = Exchange(body, asked, services, caller.id, request.state.request_id, opted_out)
-    if body.stream:
-        return await exchange.stream()
-    return await while_connected(request, exchange.whole())
+    return await while_connected(request, exchange.stream() if body.stream else exchange.whole())
 
 
 @router.get("/v1/models", responses=openai_problems(401), dependencies=USER)
@@ -369,9 +367,11 @@ class Exchange:
 
     def _told(self, text: str) -> str:
         """What of an unfinished text will not be taken back, as half a character or the start of a stop would."""
-        kept = max((len(stop) - 1 for stop in self._body.stops), default=0)
         cut = self._cut(text)
-        return cut if cut != text else text.rstrip("\ufffd")[: len(text) - kept if kept else None]
+        if cut != text:
+            return cut
+        kept = max((len(stop) - 1 for stop in self._body.stops), default=0)
+        return text.rstrip("\ufffd")[: len(text) - kept]
 
     def _cut(self, text: str) -> str:
         """The text before the first stop."""

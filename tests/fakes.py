@@ -90,6 +90,8 @@ class FakeEngine:
         if self.error:
             raise self.error
         try:
+            if listen and self.text:
+                listen(self.text[:4])
             if self.hold:
                 await self.hold.wait()
         except asyncio.CancelledError:

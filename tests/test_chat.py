@@ -161,14 +161,36 @@ async def test_errors_are_those_that_the_client_knows(tmp_path: Path, stream: bo
     assert full.value.response.headers["retry-after"] == "1"
 
 
-async def test_who_leaves_a_stream_is_not_learned_from(world: World, client: AsyncOpenAI) -> None:
-    world.engine.hold = asyncio.Event()
-    asking = asyncio.create_task(
-        client.chat.completions.create(model="default", messages=asked(), stream=True)  # type: ignore[call-overload]
+@pytest.mark.parametrize("text", ["a thing", None], ids=["after its first words", "before"])
+async def test_who_leaves_a_stream_frees_the_model_and_teaches_nothing(world: World, text: str | None) -> None:
+    """As a server speaks to the app: the request, then, once something was sent or asked, the disconnect."""
+    world.engine.hold, world.engine.text = asyncio.Event(), text
+    body = json.dumps({"model": "default", "messages": asked(), "stream": True}).encode()
+    sent: list[dict[str, Any]] = []
+    requests = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def receive() -> dict[str, Any]:
+        if requests:
+            return requests.pop()
+        await until(
+            lambda: (
+                any(b"a th" in each.get("body", b"") for each in sent) or (bool(world.engine.asked) and not text)
+            )
+        )
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    path = "/v1/chat/completions"
+    scope = {"type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "headers": headers}
+    more = {"query_string": b"", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
+    await world.app(
+        {**scope, **more, "scheme": "http", "server": ("localhost", 80), "client": ("::1", 1)}, receive, send
     )
-    await until(lambda: bool(world.engine.asked))
-    asking.cancel()
-    await until(lambda: world.engine.cancelled == 1 and not world.buffer.kept)
+    assert world.engine.cancelled == 1
+    await until(lambda: world.buffer.puts == 1 and not world.buffer.kept)
 
 
 # --- with the real engine: tokens ----------------------------------------------------------------------
