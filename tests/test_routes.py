@@ -26,6 +26,8 @@ from servetune.server.ids import new_id
 from servetune.server.service import AnswerService
 from tests.fakes import ADMIN, ADMIN_KEY, USER, USER_KEY, World, base64_png, png, until
 
+PAGED = ("AdapterInfo", "AuditEntry", "VersionInfo")
+
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
@@ -586,6 +588,53 @@ async def test_the_description_is_complete(world: World) -> None:
         assert reference in document["components"]["schemas"]
     assert document["components"]["schemas"]["AnswerForm"]["properties"]["image"]["type"] == "array"
     assert (await world.client.get("/docs")).status_code == 200
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, each) for path, item in document["paths"].items() for method, each in item.items()]
+
+
+@pytest.mark.parametrize("user_keys", [(), (USER_KEY,)])
+async def test_the_description_says_where_a_key_is_needed(user_keys: tuple[str, ...], tmp_path: Path) -> None:
+    made = World(tmp_path, user_keys=user_keys)
+    document = (await made.client.get("/openapi.json", headers=ADMIN)).json()
+    secured = {path for path, _, each in operations(document) if each.get("security") == [{"bearer": []}]}
+    public = {"/livez", "/readyz"} | (set() if user_keys else {"/info", "/version", "/answer", "/v1/answer"})
+    assert secured == document["paths"].keys() - public
+
+
+async def test_the_description_knows_what_any_address_may_say(world: World) -> None:
+    document = (await world.client.get("/openapi.json")).json()
+    for path, method, each in operations(document):
+        assert {"400", "403", "408", "413", "500"} <= each["responses"].keys(), path
+        heads = {one["name"] for one in each.get("parameters", ()) if one["in"] == "header"}
+        assert ("Idempotency-Key" in heads) == (method == "post"), path
+
+
+async def test_the_description_knows_of_no_null_that_cannot_be_sent(world: World) -> None:
+    document = (await world.client.get("/openapi.json")).json()
+    parameters = [one for _, _, each in operations(document) for one in each.get("parameters", ())]
+    assert '"null"' not in json.dumps([*parameters, document["components"]["schemas"]["AnswerForm"]])
+    rules = {one["name"]: one["schema"] for one in parameters}
+    assert rules["cursor"]["minimum"] == 0
+    assert rules["if-match"]["pattern"] == '^"?[0-9]{1,18}"?$'
+
+
+async def test_the_description_tells_rows_files_and_steps_apart(world: World) -> None:
+    document = (await world.client.get("/openapi.json")).json()
+    schemas = document["components"]["schemas"]
+    rows = {name: each["properties"]["data"]["items"] for name, each in schemas.items() if name.startswith("Page")}
+    assert rows == {f"Page_{name}_": {"$ref": f"#/components/schemas/{name}"} for name in PAGED}
+    exported = document["paths"]["/v1/adapters/{name}/versions/{version}/export"]["get"]["responses"]["200"]
+    assert exported["content"] == {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}
+    assert "prefixItems" not in json.dumps(document)
+
+
+async def test_the_example_of_the_description_is_answered(world: World) -> None:
+    document = (await world.client.get("/openapi.json")).json()
+    content = document["paths"]["/answer"]["post"]["requestBody"]["content"]
+    reply = await world.client.post("/answer", json=content["application/json"]["example"])
+    assert reply.status_code == 200, reply.text
 
 
 def test_the_lifespan_starts_and_stops_the_engine(world: World) -> None:
