@@ -19,7 +19,7 @@ import tarfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import (
     Alias,
+    Aliases,
     AliasMoved,
     CorruptVersion,
     Draft,
@@ -40,6 +41,9 @@ from servetune.adapters.versions import (
     NameTaken,
     Origin,
     UnknownVersion,
+    read_aliases,
+    read_erased,
+    read_manifest,
     version_name,
 )
 
@@ -53,7 +57,7 @@ MANIFEST_DIGEST = f"{MANIFEST}.sha256"
 ERASED_KEPT = 100_000  # ids, for workers that have not heard of them
 RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-_VERSION = re.compile(r"v(\d{4,9})")
+_VERSION = re.compile(r"v([0-9]{4,9})")
 
 
 class AdapterStore:
@@ -88,33 +92,25 @@ class AdapterStore:
             raise CorruptVersion(f"{version_name(version)}: {MANIFEST_DIGEST} is missing") from None
         if expected != _digest_line(written):
             raise CorruptVersion(f"{version_name(version)}: {MANIFEST} does not match its SHA-256")
-        content = json.loads(written)
-        for name in ("probe", "query_ids", "step_range"):
-            if content.get(name) is not None:
-                content[name] = tuple(content[name])
-        known = {field.name for field in fields(Manifest)}  # a newer servetune may have written more
-        try:
-            return Manifest(**{name: value for name, value in content.items() if name in known})
-        except TypeError:
-            raise CorruptVersion(f"{version_name(version)}: the manifest lacks a field") from None
+        return read_manifest(written, version)
 
     def weights(self, version: int) -> dict[str, Tensor]:
         """The weights of a version, verified with its configuration. Raises UnknownVersion, CorruptVersion."""
         self._verified(version, CONFIG)
-        return dict(parse_safetensors(self._verified(version, WEIGHTS)))
+        return self._tensors(version, WEIGHTS)
 
     def optimizer(self, version: int) -> dict[str, Tensor]:
         """The optimizer state kept with a version, empty where none was. Raises CorruptVersion."""
         if OPTIMIZER not in self.manifest(version).files:
             return {}
-        return dict(parse_safetensors(self._verified(version, OPTIMIZER)))
+        return self._tensors(version, OPTIMIZER)
 
     def aliases(self) -> dict[str, int]:
-        """Where every alias points; `base` is always version 0."""
+        """Where every alias points; `base` is always version 0. Raises CorruptVersion."""
         return {**self._read_aliases()["aliases"], "base": BASE}
 
     def live(self) -> Alias:
-        """The version that should be served. Raises UnknownVersion before `initialise`."""
+        """The version that should be served. Raises CorruptVersion, and UnknownVersion before `initialise`."""
         content = self._read_aliases()
         if "live" not in content["aliases"]:
             raise UnknownVersion(f"{self.name} has not been initialised")
@@ -144,9 +140,9 @@ class AdapterStore:
         return list(self._read_aliases().get("promoted", ()))
 
     def erased(self) -> tuple[int, list[str]]:
-        """How many queries were erased so far, and which; of very many, the latest."""
+        """How many queries were erased so far, and which; of very many, the latest. Raises CorruptVersion."""
         try:
-            content = json.loads(self._erased.read_bytes())
+            content = read_erased(self._erased.read_bytes())
         except FileNotFoundError:
             return 0, []
         return content["count"], content["ids"]
@@ -354,6 +350,13 @@ class AdapterStore:
             raise CorruptVersion(f"{version_name(version)}: {name} does not match its SHA-256")
         return content
 
+    def _tensors(self, version: int, name: str) -> dict[str, Tensor]:
+        content = self._verified(version, name)
+        try:
+            return dict(parse_safetensors(content))
+        except Exception:  # the parser raises what it likes where a file is whole, but no safetensors file
+            raise CorruptVersion(f"{version_name(version)}: {name} does not read") from None
+
     def _publish(self, draft: Draft) -> Manifest:
         base = self.manifest(BASE)
         config = json.loads(self._verified(BASE, CONFIG))
@@ -429,14 +432,13 @@ class AdapterStore:
         if generation not in (None, found):
             raise AliasMoved(f"live is at generation {found}, not {generation}")
 
-    def _read_aliases(self) -> dict[str, Any]:
+    def _read_aliases(self) -> Aliases:
         try:
-            content: dict[str, Any] = json.loads(self._aliases.read_bytes())
+            return read_aliases(self._aliases.read_bytes())
         except FileNotFoundError:
             return {"aliases": {}, "generation": 0}
-        return content
 
-    def _write_aliases(self, content: dict[str, Any]) -> None:
+    def _write_aliases(self, content: Aliases) -> None:
         _replace(self._aliases, json.dumps(content))
 
     @contextmanager

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired, TypeVar
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 Origin = Literal["base", "worker", "snapshot", "reset"]
 
@@ -24,7 +26,7 @@ class UnknownVersion(StoreError):
 
 
 class CorruptVersion(StoreError):
-    """A file is missing or its SHA-256 is not the manifest's."""
+    """A file is missing, its SHA-256 is not the manifest's, or it does not read as what it should be."""
 
     code = "adapter_corrupt"
 
@@ -110,6 +112,57 @@ class Draft:
     metrics: dict[str, float] = field(default_factory=dict)
     gate: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+
+
+@with_config(ConfigDict(extra="allow"))  # a newer servetune may have written more, and it must stay
+class Aliases(TypedDict):
+    """The file of the aliases."""
+
+    aliases: dict[str, int]
+    generation: int
+    promoted: NotRequired[list[int]]
+    newest: NotRequired[int]
+    dropped: NotRequired[list[int]]
+
+
+class ErasedIds(TypedDict):
+    """The file of the erased queries: how many there were, and the latest of them."""
+
+    count: int
+    ids: list[str]
+
+
+T = TypeVar("T")
+_MANIFEST, _ALIASES, _ERASED = TypeAdapter(Manifest), TypeAdapter(Aliases), TypeAdapter(ErasedIds)
+
+
+def read_manifest(data: bytes, version: int) -> Manifest:
+    """The manifest of a version; what it does not know is left out. Raises CorruptVersion."""
+    made = _read(_MANIFEST, data, f"{version_name(version)}: the manifest")
+    parents = range(version) if version else (None,)  # nothing can come from itself, or from what came later
+    if made.version != version or made.parent not in parents:
+        raise CorruptVersion(f"{version_name(version)}: the manifest is of another version")
+    return made
+
+
+def read_aliases(data: bytes) -> Aliases:
+    """Where aliases point. Raises CorruptVersion."""
+    content = _read(_ALIASES, data, "the file of the aliases")
+    if not {"live", "last-good"} <= content["aliases"].keys() or min(content["aliases"].values()) < 0:
+        raise CorruptVersion("the file of the aliases lacks one, or names what cannot be a version")
+    return content
+
+
+def read_erased(data: bytes) -> ErasedIds:
+    """Which queries were erased. Raises CorruptVersion."""
+    return _read(_ERASED, data, "the file of the erased queries")
+
+
+def _read(kind: TypeAdapter[T], data: bytes, name: str) -> T:
+    try:
+        return kind.validate_json(data)
+    except ValidationError:
+        raise CorruptVersion(f"{name} does not read") from None
 
 
 def version_name(number: int) -> str:

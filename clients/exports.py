@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import tarfile
 import tempfile
@@ -11,6 +12,8 @@ from typing import BinaryIO
 from servetune.clients.errors import APIError
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors")
+DEEPEST = 4  # folders and the file, in the archive
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 
 
 def check_free(target: Path) -> None:
@@ -35,8 +38,10 @@ def unpack(archive: BinaryIO, target: Path) -> Path:
             # "r:" takes no compression, so what unpacks is no larger than what was sent.
             with tarfile.open(fileobj=archive, mode="r:") as tar:
                 _extract(tar, staging)
-        except tarfile.TarError as error:
-            raise APIError(f"refused the archive the server sent: {error}") from error
+        except (tarfile.TarError, ValueError) as error:  # of numbers and texts in it that are none
+            raise APIError("refused the archive the server sent: it is damaged") from error
+        except (FileExistsError, NotADirectoryError) as error:  # the folder was empty: the archive did this
+            raise APIError("refused the archive the server sent: it has a name twice") from error
         found = _adapter_folder(staging)
         found.chmod(0o755)
         found.rename(target)
@@ -46,18 +51,20 @@ def unpack(archive: BinaryIO, target: Path) -> Path:
 def _extract(tar: tarfile.TarFile, folder: Path) -> None:
     """Write the files of an archive below a folder. What else it holds, or files elsewhere, are refused.
 
-    The filters of `extractall` came with Python 3.11.4, and Debian 12 has an earlier one.
+    The filters of `extractall` came with Python 3.11.4, and Debian 12 has an earlier one. Sparse files have holes
+    that take no room in the archive: a thousand bytes of it would fill a disk.
     """
     for member in tar:
-        path = PurePosixPath(member.name)
-        if path.is_absolute() or ".." in path.parts or not (member.isreg() or member.isdir()):
-            raise APIError(f"refused the archive the server sent: {path.name} is no plain file inside it")
+        parts = PurePosixPath(member.name).parts
+        is_plain = (member.isreg() and not member.issparse() and parts) or member.isdir()
+        if not is_plain or len(parts) > DEEPEST or not all(map(_PART.fullmatch, parts)):
+            raise APIError("refused the archive the server sent: it holds what is no plain file inside it")
         content = tar.extractfile(member)
         if content is None:
             continue
-        target = folder / path
+        target = folder.joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True)
-        with content, target.open("wb") as file:
+        with content, target.open("xb") as file:
             shutil.copyfileobj(content, file)
 
 

@@ -567,11 +567,12 @@ def test_without_pillow_known_formats_still_go(monkeypatch):
 # --- export ------------------------------------------------------------------------------------------
 
 
-def tar(**files):
+def tar(pax_headers=None, **files):
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as archive:
         for name, content in files.items():
             member = tarfile.TarInfo(name)
+            member.pax_headers = pax_headers or {}
             if isinstance(content, str):
                 member.type, member.linkname = tarfile.SYMTYPE, content
                 archive.addfile(member)
@@ -604,8 +605,36 @@ def test_an_export_becomes_a_peft_directory(ask, tmp_path, files):
         tar(**FILES)[:700],
         tar(**FILES)[:1024],
         b"not a tar",
+        tar({"GNU.sparse.map": "0,4", "GNU.sparse.size": "5000000"}, **FILES),
+        tar({"path": "v0002/a\0b"}, **FILES),
+        tar({"path": "v0002"}, **FILES),
+        tar(**FILES, **{"v0002/adapter_config.json/more": b"x"}),
+        tar(**FILES, v0002=b"x"),
+        tar(**FILES, **{"a/" * 50 + "b": b"x"}),
+        tar(**FILES, **{"v0002/" + "x" * 300: b"x"}),
+        tar(**FILES, **{"v0002/\udcff": b"x"}),
+        tar({"GNU.sparse.major": "1", "GNU.sparse.minor": "0"}, **FILES),
+        tar({"GNU.sparse.map": "0,x", "GNU.sparse.size": "none"}, **FILES),
     ],
-    ids=["traversal", "absolute link", "outward link", "no adapter", "cut short", "cut between files", "no tar"],
+    ids=[
+        "traversal",
+        "absolute link",
+        "outward link",
+        "no adapter",
+        "cut short",
+        "cut between files",
+        "no tar",
+        "holes",
+        "NUL in a name",
+        "one name for two",
+        "a file as a folder",
+        "a folder as a file",
+        "deep",
+        "long name",
+        "name in no script",
+        "sparse without a map",
+        "holes without numbers",
+    ],
 )
 def test_a_bad_archive_leaves_nothing_behind(ask, tmp_path, content):
     home = tmp_path / "home"

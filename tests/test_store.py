@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import multiprocessing
 from dataclasses import replace
@@ -129,6 +130,101 @@ def test_an_unreadable_manifest_is_corrupt(tmp_path: Path) -> None:
     (tmp_path / "default" / "v0000" / "manifest.json").write_text("{")
     with pytest.raises(CorruptVersion):
         store.manifest(0)
+
+
+def owned_up_to(folder: Path, change: bytes | dict[str, object]) -> None:
+    """Replace or change a manifest, and have its digest fit."""
+    path = folder / "manifest.json"
+    written = change if isinstance(change, bytes) else json.dumps(json.loads(path.read_text()) | change).encode()
+    path.write_bytes(written)
+    (folder / "manifest.json.sha256").write_text(f"{hashlib.sha256(written).hexdigest()}  manifest.json\n")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b"null",
+        b'{"a": "\xff"}',
+        b"[" * 5000,
+        b"\x00\x00\xfe\xff\x00",
+        {"version": 7},
+        {"version": "one"},
+        {"parent": 1},
+        {"parent": None},
+        {"parent": -1},
+        {"query_ids": 5},
+        {"query_ids": [["a"]]},
+        {"step_range": [1]},
+        {"origin": "elsewhere"},
+        {"files": []},
+    ],
+)
+def test_a_manifest_that_makes_no_sense_is_corrupt(change: bytes | dict[str, object], tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0)).version)
+    owned_up_to(store.folder / "v0001", change)
+    for read in (store.manifest, store.weights, store.promote):
+        with pytest.raises(CorruptVersion):
+            read(1)
+    assert store.erase(["q"]).dropped == (1,)
+
+
+def test_what_a_newer_manifest_says_more_is_passed_over(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    before = store.publish(draft(1.0, query_ids=("a",), step_range=(1, 2), metrics={"kl": 0.5})).version
+    made = store.manifest(before)
+    owned_up_to(store.folder / "v0001", {"more": {"to": "come"}})
+    assert store.manifest(before) == made
+
+
+@pytest.mark.parametrize("data", [b"", b"x" * 100, b"\x02\0\0\0\0\0\0\0{}"[:9], b"\xff" * 16])
+def test_weights_that_are_none_are_corrupt(data: bytes, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.publish(draft(1.0, optimizer=ZERO))
+    folder = store.folder / "v0001"
+    files = {name: hashlib.sha256(data).hexdigest() for name in (store_module.WEIGHTS, store_module.OPTIMIZER)}
+    for name in files:
+        (folder / name).write_bytes(data)
+    owned_up_to(folder, {"files": json.loads((folder / "manifest.json").read_text())["files"] | files})
+    for read in (store.weights, store.optimizer):
+        with pytest.raises(CorruptVersion):
+            read(1)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", "{}", '{"aliases": {}, "generation": 1}', '{"aliases": {"live": -1}, "generation": 1}']
+)
+def test_damaged_aliases_are_said_to_be(text: str, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    (store.folder / "aliases.json").write_text(text)
+    for read in (store.live, store.aliases, store.promoted, store.num_learned):
+        with pytest.raises(CorruptVersion):
+            read()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"count": "many", "ids": []}', '{"count": 1, "ids": [[]]}'])
+def test_without_knowing_what_was_erased_nothing_is_published(text: str, tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    (store.folder / "erased.json").write_text(text)
+    with pytest.raises(CorruptVersion):
+        store.publish(draft(1.0))
+
+
+def test_what_a_newer_store_says_of_its_aliases_stays(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    path = store.folder / "aliases.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"more": [1]}))
+    store.promote(store.publish(draft(1.0)).version)
+    assert json.loads(path.read_text())["more"] == [1]
+
+
+def test_digits_of_other_scripts_name_no_version(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    (store.folder / "v٠٠٠١").mkdir()
+    assert store.versions() == [0]
 
 
 @settings(max_examples=300, deadline=None)
