@@ -229,6 +229,19 @@ decoding._serve(sys.argv[1:])
     return started
 
 
+def _as_large_as_it_is(to_rgb: Any) -> Any:
+    return lambda image, longest_side: image.convert("RGB")
+
+
+def _whatever_it_is(tensors: Any) -> Any:
+    def parse(self: Any, version: int, name: str) -> Any:
+        from safetensors.torch import load
+
+        return load(self._verified(version, name))
+
+    return parse
+
+
 def _without_cap(init: Any) -> Any:
     return lambda self, app, limit: init(self, app, 10**12)
 
@@ -324,6 +337,11 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("servetune.server.decoding", "_is_supported", always(True)),
     ],
     "I4": [Mutation("servetune.server.middleware", "BodyCap.__init__", _without_cap)],
+    "I9": [
+        Mutation("servetune.server.decoding", "_to_rgb", _as_large_as_it_is),
+        Mutation("servetune.adapters.store", "AdapterStore._tensors", _whatever_it_is),
+    ],
+    "I10": [Mutation("servetune.server.description", "_EVERYWHERE", constant(()))],
     "P2": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P3": [Mutation("servetune.server.worker", "Worker._review", always(None))],
     "P4": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],

@@ -1,0 +1,1 @@
+"""Bytes that nobody meant, thrown at what parses bytes from outside."""
