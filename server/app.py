@@ -122,7 +122,8 @@ def _describe(app: FastAPI, access: Access) -> None:
 
     def openapi() -> dict[str, Any]:
         if app.openapi_schema is None:
-            complete(generate(), {path for path, scopes in declared_scopes(app) if scopes & needing})
+            keyed = {path.replace(":path}", "}") for path, scopes in declared_scopes(app) if scopes & needing}
+            complete(generate(), keyed)
         return app.openapi_schema or {}
 
     app.openapi = openapi  # type: ignore[method-assign]

@@ -23,7 +23,7 @@ from servetune.clients.types import Answer, AnswerRequest, ImageUrl
 from servetune.server.access import Principal
 from servetune.server.answering import Choice, Token
 from servetune.server.bodies import is_opted_out, refuse_nul
-from servetune.server.description import openai_problems
+from servetune.server.description import CHAT_BODY, EVENTS, openai_problems
 from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError, as_service_error, invalid_request, openai_error
 from servetune.server.middleware import VERSION_HEADER
@@ -130,7 +130,11 @@ class ChatRequest(_Sent):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
-@router.post("/v1/chat/completions", responses=openai_problems(401, 404, 409, 415, 422, 429, 503))
+@router.post(
+    "/v1/chat/completions",
+    responses=EVENTS | openai_problems(401, 404, 409, 415, 422, 429, 503),
+    openapi_extra=CHAT_BODY,
+)
 async def completions(
     request: Request, body: ChatRequest, services: ServicesDep, caller: Annotated[Principal, Depends(asker)]
 ) -> Response:

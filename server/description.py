@@ -22,10 +22,26 @@ _KEY_HEADER: dict[str, Any] = {
     "description": "Sent again with the same body, the first answer is given again.",
 }
 # An image of one pixel: short enough to read, and whoever sends it as it stands is answered.
-_EXAMPLE = {
-    "image": "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg==",
-    "question": "What is this?",
+_PIXEL = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+_EXAMPLE = {"image": _PIXEL, "question": "What is this?", "adapt": False}
+_CHAT_EXAMPLE: dict[str, Any] = {
+    "model": "default",
+    "messages": [
+        {
+            "role": "user",
+            "content": [
+                {"type": "text", "text": "What is this?"},
+                {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{_PIXEL}"}},
+            ],
+        }
+    ],
     "adapt": False,
+}
+_ADAPT_HEADER: dict[str, Any] = {
+    "name": "Servetune-Adapt",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "`false` keeps the query from being learned from; `adapt: now` still looks again.",
 }
 
 
@@ -56,15 +72,13 @@ ASK_BODY: dict[str, Any] = {
             "multipart/form-data": {"schema": {"$ref": _REFERENCE.format(model="AnswerForm")}},
         },
     },
-    "parameters": [
-        {
-            "name": "Servetune-Adapt",
-            "in": "header",
-            "schema": {"type": "string"},
-            "description": "`false` keeps the query from being learned from; `adapt: now` still looks again.",
-        }
-    ],
+    "parameters": [_ADAPT_HEADER],
 }
+CHAT_BODY: dict[str, Any] = {
+    "requestBody": {"content": {"application/json": {"example": _CHAT_EXAMPLE}}},
+    "parameters": [_ADAPT_HEADER],
+}
+EVENTS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 
 
 def complete(document: dict[str, Any], keyed: Collection[str]) -> None:

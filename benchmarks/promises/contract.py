@@ -19,7 +19,7 @@ USER_KEY = f"stu_somebody.{'u' * 40}"
 PATIENCE_S = 1800.0
 
 # Names and versions that exist are sent often enough to get behind the 404. No description says that a string must
-# be an image, or which fields of a question go together: of these two routes a refusal of what fits the schema is
+# be an image, or which fields of a question go together: of these routes a refusal of what fits the schema is
 # no finding.
 CONFIG = """hooks = "{hooks}"
 [dictionaries.names]
@@ -30,7 +30,7 @@ values = ["base", "live", "latest", "last-good", "v0000", "v0001"]
 "path.name" = {{ dictionary = "names", probability = 0.9 }}
 "path.version" = {{ dictionary = "versions", probability = 0.8 }}
 [[operations]]
-include-path = ["/answer", "/v1/answer"]
+include-path = ["/answer", "/v1/answer", "/v1/chat/completions"]
 checks.positive_data_acceptance.expected-statuses = ["2xx", 401, 403, 404, 409, 415, 422, 429]
 """
 # It sends one Idempotency-Key with body after body, which is rightly refused: each gets a key of its own. A
