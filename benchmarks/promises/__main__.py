@@ -40,7 +40,8 @@ TEXT = """# What servetune promises
 
 Written by `python -m benchmarks.promises` on {day}, {form} form, seed {seed}: real processes, a real Valkey,
 real kill -9. Every check has a way to break the product that it must notice (`--broken`). The test suite runs
-those that only a defect can break; those that assert a time or a ratio (timed) run by this command alone.
+those that only a defect can break; those that assert a time or a ratio (timed), and I10, which installs a tool,
+run by this command alone.
 `make soak ROW=R1` is the long form of a row.
 
 | | promise | kept | figure |
