@@ -17,6 +17,8 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from servetune.clients.types import AuditEntry
 
 _START = "0" * 64
@@ -49,12 +51,15 @@ class AuditLog:
         return entry
 
     def page(self, cursor: int | None = None, limit: int = 50) -> tuple[list[AuditEntry], int | None]:
-        """Acts, newest first, from before line `cursor` on; the second value continues, None at the end."""
+        """Acts, newest first, from before line `cursor` on; the second value continues, None at the end.
+
+        A damaged line is passed over: it must not hide the others, and `first_broken` names it.
+        """
         lines = self._lines()
         end = len(lines) if cursor is None else max(0, min(cursor, len(lines)))
         start = max(0, end - limit)
-        entries = [AuditEntry.model_validate(json.loads(line)) for line in lines[start:end] if _is_whole(line)]
-        return entries[::-1], start or None
+        entries = filter(None, map(_entry, lines[start:end]))
+        return list(entries)[::-1], start or None
 
     def first_broken(self) -> int | None:
         """Index of the first line that does not continue the chain; None when all do."""
@@ -95,9 +100,17 @@ def _digest(line: bytes) -> str:
     return hashlib.sha256(line).hexdigest() if line else _START
 
 
+def _entry(line: bytes) -> AuditEntry | None:
+    """None for a line that is no entry."""
+    try:
+        return AuditEntry.model_validate_json(line)
+    except ValidationError:
+        return None
+
+
 def _is_whole(line: bytes) -> bool:
     """False for a line that a crash cut short."""
     try:
         return isinstance(json.loads(line), dict)
-    except ValueError:
+    except (ValueError, RecursionError):
         return False

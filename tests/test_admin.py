@@ -288,3 +288,14 @@ def test_a_line_torn_by_a_crash_breaks_nothing(tmp_path: Path) -> None:
     assert [entry.event for entry in audit.page()[0]] == ["after", "before"]
     assert audit.first_broken() is None
     assert json.loads(audit.path.read_bytes().splitlines()[-1])["event"] == "after"
+
+
+@pytest.mark.parametrize("damage", [b"{}", b"[1]", b'{"event": 5}', b"\xff\xfe", b"[" * 5000, b""])
+def test_a_damaged_line_hides_no_other(damage: bytes, tmp_path: Path) -> None:
+    audit = AuditLog(tmp_path / "audit.jsonl")
+    for number in range(3):
+        audit.append("event", "me", None, {"number": number})
+    first, _, last = audit.path.read_bytes().splitlines()
+    audit.path.write_bytes(b"\n".join([first, damage, last, b""]))
+    assert [entry.details["number"] for entry in audit.page()[0]] == [2, 0]
+    assert audit.first_broken() is not None
