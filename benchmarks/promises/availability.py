@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import fcntl
 import io
 import os
 import random
@@ -13,6 +14,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -262,30 +264,45 @@ def _is_ready(url: str) -> bool:
 
 # --- who stalls --------------------------------------------------------------------------------------
 
-DEADLINE_S, GRACE_S = 10.0, 1.0
+DEADLINE_S, GRACE_S, EXIT_S = 10.0, 1.0, 30.0
 
 
 @promise("O4", "nothing hangs", timed=True)
 def nothing_hangs(trial: Trial) -> Found:
-    """Every kind of request while the model, Redis or the worker stands still; then the server is told to end."""
-    slowest: dict[str, tuple[float, str]] = {}
-    for _ in range(trial.times(1, 5)):
-        product = Product(trial.folder / "home", "stalls", **QUICK | {"request_timeout_s": DEADLINE_S})
-        with product, product.client() as client:
-            client.recognize(picture(0), LABELS)
-            eventually(lambda: product.pid("worker") is not None)
+    """Every kind of request while Redis, the worker (in the middle of publishing) or the model stands still.
+
+    Then the server is told to end while its model still does.
+    """
+    slow: list[str] = []
+    most_s: dict[str, float] = {}
+    for number in range(trial.times(1, 5)):
+        settings = QUICK | {"request_timeout_s": DEADLINE_S}
+        product = Product(trial.folder / f"home{number}", "stalls", **settings)
+        with product:
+            _ready_to_stall(product)
             for part in ("redis", "worker", "model"):
                 with _stalled(product, part):
-                    found = _ask_everything(product)
-                slowest[part] = max(found, slowest.get(part, (0.0, "")))
-    hung = [f"{part}: {what}" for part, (spent_s, what) in slowest.items() if spent_s > DEADLINE_S + GRACE_S]
-    figure = ", ".join(f"{part} {spent_s:.1f} s ({what})" for part, (spent_s, what) in slowest.items())
-    return Found(not hung, f"slowest while stalled: {figure}")
+                    spent = _ask_everything(product)
+                    if part == "model":
+                        began = time.monotonic()
+                        product.stop()
+                        spent["ending"] = time.monotonic() - began - (EXIT_S - DEADLINE_S)
+                slow += [f"{what} ({part})" for what, spent_s in spent.items() if spent_s > DEADLINE_S + GRACE_S]
+                most_s[part] = max(most_s.get(part, 0), *(s for what, s in spent.items() if what != "ending"))
+                most_s["ending"] = spent.get("ending", 0) + EXIT_S - DEADLINE_S
+    figure = ", ".join(f"{part} {spent_s:.1f} s" for part, spent_s in most_s.items())
+    return Found(not slow, f"slowest while stalled: {figure}; too slow: {slow[:3]}")
+
+
+def _ready_to_stall(product: Product) -> None:
+    with product.client() as client:
+        client.recognize(picture(0), LABELS)
+        eventually(lambda: client.adaptation.status().worker.state != "absent")
 
 
 @contextmanager
 def _stalled(product: Product, part: str) -> Iterator[None]:
-    """Let a part of the product stand still."""
+    """Let a part of the product stand still; the worker with the lock of the store in its hands."""
     if part == "model":
         marker = product.home / "stalled"
         marker.touch()
@@ -296,31 +313,32 @@ def _stalled(product: Product, part: str) -> Iterator[None]:
         return
     pid = product.pid(part)  # type: ignore[arg-type]
     assert pid
-    os.kill(pid, signal.SIGSTOP)
-    try:
-        yield
-    finally:
-        os.kill(pid, signal.SIGCONT)
+    with (product.home / "store" / "default" / ".lock").open("w") as file:
+        if part == "worker":
+            fcntl.flock(file, fcntl.LOCK_EX)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(pid, signal.SIGCONT)
 
 
-def _ask_everything(product: Product) -> tuple[float, str]:
-    """The slowest of all kinds of requests made at once, in seconds, and which it was."""
+def _ask_everything(product: Product) -> dict[str, float]:
+    """How long each kind of request took when all were made at once, in seconds."""
     key = (product.home / "admin.key").read_text().strip()
-    spent: list[tuple[float, str]] = []
+    spent: dict[str, float] = {}
 
     def ask(method: str, path: str, body: Any) -> None:
         began = time.monotonic()
         headers = {"Authorization": f"Bearer {key}"}
         with suppress(httpx2.TimeoutException):
             httpx2.request(method, product.url + path, json=body, headers=headers, timeout=3 * DEADLINE_S)
-        spent.append((time.monotonic() - began, f"{method} {path}"))
+        name = f"{method} {path}"
+        spent[name] = max(spent.get(name, 0), time.monotonic() - began)
 
-    threads = [threading.Thread(target=ask, args=each) for each in _requests()]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return max(spent)
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda each: ask(*each), _requests()))
+    return spent
 
 
 def _requests() -> Iterator[tuple[str, str, Any]]:
@@ -331,9 +349,11 @@ def _requests() -> Iterator[tuple[str, str, Any]]:
         "/answer",
         {"image": encoded(5), "candidate_labels": ["a", "b"], "adapt": "now", "deadline_s": 60},
     )
+    yield "POST", "/answer", {"image": encoded(6), "question": "what is this?", "adapter": "base"}
     for path in ("/livez", "/readyz", "/info", "/v1/adaptation", "/v1/adapters/default", "/v1/audit"):
         yield "GET", path, None
     yield "POST", "/v1/adapters/default/snapshot", {"label": f"kept{random.randrange(10**6)}"}
+    yield "POST", "/v1/adapters/default/rollback", {}
     yield "POST", "/v1/adapters/default/reset", {"purge_buffer": True}
     yield "POST", "/v1/adaptation/erase", {"query_ids": ["q_unknown"]}
     yield "POST", "/v1/adaptation/pause", None
@@ -343,34 +363,54 @@ def _requests() -> Iterator[tuple[str, str, Any]]:
 # --- the event loop ----------------------------------------------------------------------------------
 
 
+LAG_S, WINDOW_S = 0.1, 4.0
+
+
 @promise("O6", "the event loop stays responsive", timed=True)
 def the_loop_stays_responsive(trial: Trial) -> Found:
-    """Large images in every form and many small questions; the loop notes how late it comes to a timer."""
-    seconds = trial.times(10, 120)
-    settings = ALONE | {"queue_size": 256}
-    statuses: Counter[int] = Counter()
-    with Product(trial.folder / "home", "notes-lag", **settings) as product:
+    """Large images in every form and many small questions; the loop notes how late it comes to a timer.
+
+    Whatever keeps the loop does so with every such request, and so in each of a few windows; a neighbour of this
+    machine that keeps the processors (an idle loop has been 90 ms late here) is away in some. So the best window
+    counts and, in all of them, what the loop's own thread computed at a stretch, which no neighbour makes longer.
+    """
+    late_s, computed_s, statuses = [], [], Counter[int]()
+    with Product(trial.folder / "home", "notes-lag", **ALONE) as product:
         asyncio.run(refused(product, 4))
-        note = product.home / "lag"
-        note.unlink()  # what starting took is nobody's wait
-        until = time.monotonic() + seconds
-        large = _large()
-        askers = [*(partial(_send_large, kind, large) for kind in ("form", "base64")), _send_small, _send_small]
+        with _asking(product, statuses):
+            for _ in range(trial.times(3, 30)):
+                (product.home / "lag").unlink()
+                time.sleep(WINDOW_S)
+                late, computed = map(float, (product.home / "lag").read_text().split())
+                late_s.append(late)
+                computed_s.append(computed)
+    told = ", ".join(f"{1e3 * late:.0f}" for late in sorted(late_s)[:5])
+    figure = f"late by {told} ms at most in windows of {WINDOW_S:.0f} s, {1e3 * max(computed_s):.0f} ms of them "
+    figure += f"at work; {statuses[200]} of {statuses.total()} answered"
+    good = min(late_s) <= LAG_S and max(computed_s) <= LAG_S
+    return Found(good and statuses[200] == statuses.total() > 20, figure)
 
-        def ask(send: Callable[[httpx2.Client], httpx2.Response]) -> None:
-            with httpx2.Client(base_url=product.url, timeout=60) as http:
-                while time.monotonic() < until:
-                    statuses[send(http).status_code] += 1
 
-        threads = [threading.Thread(target=ask, args=(asker,)) for asker in askers]
-        for thread in threads:
-            thread.start()
+@contextmanager
+def _asking(product: Product, statuses: Counter[int]) -> Iterator[None]:
+    """Clients that send large images, as a form and as base64, and small ones."""
+    stop, large = threading.Event(), _large()
+    askers = [partial(_send_large, "form", large), partial(_send_large, "base64", large), _send_small, _send_small]
+
+    def ask(send: Callable[[httpx2.Client], httpx2.Response]) -> None:
+        with httpx2.Client(base_url=product.url, timeout=60) as http:
+            while not stop.is_set():
+                statuses[send(http).status_code] += 1
+
+    threads = [threading.Thread(target=ask, args=(asker,)) for asker in askers]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
         for thread in threads:
             thread.join()
-        eventually(note.exists)
-        late_ms = 1e3 * float(note.read_text())
-    figure = f"at most {late_ms:.0f} ms late, {statuses[200]} of {statuses.total()} answered"
-    return Found(late_ms <= 100 and statuses[200] == statuses.total() > 20, figure)
 
 
 def _large() -> bytes:

@@ -133,24 +133,28 @@ def _write(path: str, text: str) -> None:
         file.write(text)
 
 
-def _noted(path: str, before: float, now: float) -> float:
-    """The larger of both, which the file has; it begins anew where there is no file."""
-    if now > before or not os.path.exists(path):
-        _write(path, str(now))
-        return now
-    return before
+def _noted(path: str, before: list[float], now: list[float]) -> list[float]:
+    """The larger of each, which the file has; it begins anew where there is no file."""
+    most = list(map(max, before, now)) if os.path.exists(path) else now
+    if most != before:
+        _write(path, " ".join(map(str, most)))
+    return most
 
 
 def _notes_lag(announce: Any) -> Any:
-    """How late the event loop has come to a timer at most, in seconds, in a file `lag` of the home."""
+    """How late the event loop has come to a timer at most, and how long its thread computed meanwhile at most.
+
+    Both in seconds, in a file `lag` of the home.
+    """
 
     async def announcing(server: Any, settings: Any) -> None:
         await announce(server, settings)
-        most_s = 0.0
+        most = [0.0, 0.0]
         while True:
-            due = time.monotonic() + 0.005
+            due, computed = time.monotonic() + 0.005, time.thread_time()
             await asyncio.sleep(0.005)
-            most_s = _noted(f"{settings.home}/lag", most_s, time.monotonic() - due)
+            now = [time.monotonic() - due, time.thread_time() - computed]
+            most = _noted(f"{settings.home}/lag", most, now)
 
     return announcing
 
@@ -420,6 +424,15 @@ def _whoever_has_left(while_connected: Any) -> Any:
     return working
 
 
+def _waits_for_ever(lock: Any) -> Any:
+    def locking(file: Any) -> None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+    return locking
+
+
 def _in_a_while(handle_exit: Any) -> Any:
     def handle(self: Any, *args: Any) -> None:
         asyncio.get_running_loop().call_later(3, handle_exit, self, *args)
@@ -498,5 +511,6 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "T2": [Mutation("servetune.server.idempotency", "_slot", _whoever_sends_it)],
     "O2": [Mutation("servetune.server.routes", "_while_connected", _whoever_has_left)],
     "O3": [Mutation("uvicorn.server", "Server.handle_exit", _in_a_while)],
+    "O4": [Mutation("servetune.adapters.store", "lock", _waits_for_ever)],
     "O6": [Mutation("servetune.server.decoders", "Decoders.decode", _on_the_loop)],
 }
