@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
@@ -40,6 +40,7 @@ from servetune.adapters.versions import (
     Manifest,
     NameTaken,
     Origin,
+    StoreBusy,
     UnknownVersion,
     read_aliases,
     read_erased,
@@ -54,6 +55,7 @@ WEIGHTS, CONFIG, OPTIMIZER, MANIFEST = (
     "manifest.json",
 )
 MANIFEST_DIGEST = f"{MANIFEST}.sha256"
+LOCK_S, LOCK_POLL_S = 5.0, 0.01  # a process that was stopped while it wrote would be waited for without an end
 ERASED_KEPT = 100_000  # ids, for workers that have not heard of them
 RESERVED = frozenset({"base", "latest", "live", "candidate", "last-good"})
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
@@ -444,8 +446,25 @@ class AdapterStore:
     @contextmanager
     def _lock(self) -> Iterator[None]:
         with (self.folder / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file)
             yield
+
+
+def lock(file: IO[Any]) -> None:
+    """Hold a file, against threads that have opened it for themselves too, until it is closed.
+
+    Raises:
+        StoreBusy: somebody else has not let go of it in LOCK_S.
+    """
+    deadline = time.monotonic() + LOCK_S
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise StoreBusy("another process holds the store") from None
+        time.sleep(LOCK_POLL_S)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -31,6 +31,12 @@ class CorruptVersion(StoreError):
     code = "adapter_corrupt"
 
 
+class StoreBusy(StoreError):
+    """Another process holds a file for too long: it stands still, perhaps."""
+
+    code = "store_busy"
+
+
 class AliasMoved(StoreError):
     """`live` was moved by somebody else since it was read."""
 

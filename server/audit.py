@@ -6,7 +6,6 @@ the trail elsewhere where that matters. Safe between threads and processes.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -19,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from servetune.adapters.store import lock
 from servetune.clients.types import AuditEntry
 
 _START = "0" * 64
@@ -34,7 +34,10 @@ class AuditLog:
     def append(
         self, event: str, actor: str, request_id: str | None = None, details: dict[str, Any] | None = None
     ) -> AuditEntry:
-        """Write one act; it is on disk when this returns. Blocks (fsync): call it in a thread."""
+        """Write one act; it is on disk when this returns. Blocks (fsync): call it in a thread.
+
+        Raises StoreBusy where another process holds the file.
+        """
         with self._locked() as file:
             fields = {
                 "timestamp": time.time(),
@@ -77,7 +80,7 @@ class AuditLog:
     def _locked(self) -> Iterator[BufferedRandom]:
         handle = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
         with os.fdopen(handle, "r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)  # released with the file; a file of its own also orders threads
+            lock(file)
             yield file
 
 

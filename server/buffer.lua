@@ -10,7 +10,7 @@
 --   bytes        sum of the sizes of the sealed queries                                (permanent)
 --   key          fingerprint of the key that seals them                                (permanent)
 --   blob:ID      hash {entry, sealed}: where the query is in the stream, its ciphertext
---   seen:DIGEST  set while an equal query is refused
+--   seen:DIGEST  set while an equal query of the same client is refused
 --   dead         stream of what was given up, without content
 --
 -- Every entry leaves the stream through `remove`, which also counts it. So always:

@@ -257,6 +257,8 @@ class QueryBuffer:
         limit = self._settings.buffer_queries
         client_mark = self._cipher.mark("client", client.encode())
         client_cap = max(1, int(limit * self._settings.buffer_client_share))
+        # Of each client: who was told "duplicate" would know what somebody else had asked.
+        digest = self._cipher.mark("seen", client.encode(), digest.encode())
         quota = (self._ttl_ms, limit, self._settings.buffer_bytes, client_cap)
         return "FCALL", "servetune_enqueue", 1, self._queries, query.id, digest, client_mark, sealed, *quota
 

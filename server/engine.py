@@ -36,6 +36,7 @@ T = TypeVar("T")
 SLOTS = ("slot0", "slot1", "slot2")
 PROBE_TOLERANCE = 1e-2
 PAYS = 1.25  # how much slower half as many threads must be for the others to pay
+STOP_S, STOP_POLL_S = 5.0, 0.01  # longest wait for a thread that has been told to end
 TRIALS, LONG_S = 3, 2.0  # of each number of threads, or seconds; the fastest counts
 
 log = structlog.get_logger()
@@ -83,6 +84,7 @@ class Engine:
         self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
+        self.stands_still = False
         self._policy = policy
         self._settings = settings
         # The number of threads is a property of each thread that calls torch.
@@ -114,14 +116,18 @@ class Engine:
         gc.freeze()  # or a full collection goes through all of the libraries' objects: 0.2 s of nothing else
 
     async def stop(self) -> None:
-        """End the generation under way and refuse further ones."""
+        """End the generation under way and refuse further ones; `stands_still` says if that came to no end."""
         if self._watcher:
             self._watcher.cancel()
         for stop in self._running:
             stop.set()
         self._answering.cancel()
-        for thread in (self._loader, self._thread):
-            await asyncio.to_thread(thread.shutdown, True, cancel_futures=True)
+        try:
+            async with asyncio.timeout(STOP_S):
+                for thread in (self._loader, self._thread):
+                    await _ended(thread)
+        except TimeoutError:
+            self.stands_still = True
 
     def ready(self) -> bool:
         """Has `start` verified a version?"""
@@ -294,11 +300,15 @@ class Engine:
         return self.serving
 
     async def forget(self, versions: Collection[int]) -> None:
-        """Keep neither what was seen nor, once their last answer is given, versions that are gone."""
+        """Keep neither what was seen nor, once their last answer is given, versions that are gone.
+
+        Raises TimeoutError where the model stands still; it forgets when it goes on.
+        """
         for version in versions:
             if not self._leases[version] and version != self.serving:  # until another is loaded
                 self._resident.pop(version, None)
-        await self._run(self._forget)
+        async with asyncio.timeout(self._settings.request_timeout_s):
+            await asyncio.shield(self._run(self._forget))  # it comes to it, however late
 
     def _forget(self) -> None:
         self._policy.forget_images()
@@ -368,6 +378,13 @@ def _from_thread(listen: Callable[[str], None]) -> Callable[[str], None]:
         loop.call_soon_threadsafe(listen, text)
 
     return tell
+
+
+async def _ended(pool: ThreadPoolExecutor) -> None:
+    """Take no more work, and wait for what runs."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    while any(thread.is_alive() for thread in pool._threads):
+        await asyncio.sleep(STOP_POLL_S)
 
 
 def fewest_threads(work: Callable[[], object], most: int) -> int:

@@ -18,7 +18,14 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from servetune.adapters.family import PromptTooLong, UnusableImage
-from servetune.adapters.versions import AliasMoved, CorruptVersion, NameTaken, StoreError, UnknownVersion
+from servetune.adapters.versions import (
+    AliasMoved,
+    CorruptVersion,
+    NameTaken,
+    StoreBusy,
+    StoreError,
+    UnknownVersion,
+)
 from servetune.clients.types import Problem
 from servetune.server.buffer import BufferUnavailable
 from servetune.server.engine import QueueFull
@@ -56,6 +63,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "adapter_corrupt": (500, "A stored version is damaged"),
     "not_ready": (503, "The server is not ready"),
     "engine_unresponsive": (503, "The engine does not respond"),
+    "store_busy": (503, "Another process holds the store"),
     "queue_full": (503, "Too many requests are waiting"),
     "deadline_exceeded": (503, "The request took too long"),
     "buffer_unavailable": (503, "The query buffer is not reachable"),
@@ -132,6 +140,8 @@ def as_service_error(error: Exception) -> ServiceError:
             return ServiceError(_BY_STATUS.get(error.status_code, fallback), headers=error.headers)
         case UnknownVersion() | AliasMoved() | NameTaken():
             return ServiceError(error.code, str(error))
+        case StoreBusy():
+            return ServiceError("store_busy")
         case CorruptVersion():
             return ServiceError("adapter_corrupt")
         case StoreError():

@@ -5,6 +5,7 @@ Answers are kept in memory, so the promise holds per replica and until a restart
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
@@ -20,6 +21,7 @@ from servetune.server.middleware import replaying
 TTL_S = 24 * 3600.0
 MAX_BYTES = 32_000_000
 MAX_ENTRIES = 10_000
+LARGE = 1_000_000  # bytes of a body that is not hashed on the event loop
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 _BOUNDARY = re.compile(r'boundary="?([^";,]+)"?', re.IGNORECASE)
 
@@ -119,7 +121,11 @@ class Idempotency:
             return
         body: bytes = (await receive())["body"]
         slot = _slot(scope["path"], headers)
-        earlier = self.replies.begin(slot, _fingerprint(headers, body))
+        if len(body) > LARGE:
+            fingerprint = await asyncio.to_thread(_fingerprint, headers, body)
+        else:
+            fingerprint = _fingerprint(headers, body)
+        earlier = self.replies.begin(slot, fingerprint)
         if earlier is not None:
             await earlier.send_again(send)
             return

@@ -60,7 +60,10 @@ def serve(**flags: Any) -> None:
         check_bind(settings.host, bool(settings.api_keys))
         _check_port(settings)  # before the model is loaded
         with _redis(settings) as redis_url:
-            asyncio.run(_serve(settings, redis_url))
+            stands_still = asyncio.run(_serve(settings, redis_url))
+    if stands_still:  # Python would wait for that thread for ever
+        log.error("model_stands_still")
+        os._exit(1)
 
 
 def worker(**flags: Any) -> None:
@@ -84,7 +87,8 @@ def worker(**flags: Any) -> None:
                 Worker(settings, policy, store, stream, audit).run(stop)
 
 
-async def _serve(settings: Settings, redis_url: str) -> None:
+async def _serve(settings: Settings, redis_url: str) -> bool:
+    """Serve until told to end; whether the model did not come back from what it was doing."""
     # The loop gives up the interpreter at every read and write, and the threads of the model, of images and of the
     # buffer keep it this long each before it comes back.
     sys.setswitchinterval(SWITCH_S)
@@ -114,6 +118,7 @@ async def _serve(settings: Settings, redis_url: str) -> None:
                 task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+    return engine.stands_still
 
 
 class _Server(uvicorn.Server):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import httpx2
 import pytest
 
+from servetune.adapters import store as store_module
 from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, VersionInfo
 from servetune.server.audit import AuditLog
 from tests.fakes import ADMIN, ADMIN_KEY, World, learn
@@ -141,6 +143,16 @@ async def test_snapshot_makes_a_labelled_version(world: World) -> None:
     assert newest(world).details == {"label": "before-fair", "made": "v0003"}
     assert refused(await post(world, f"{ADAPTER}/snapshot", body)) == (409, "name_taken")
     assert refused(await post(world, f"{ADAPTER}/snapshot", {"label": "live"})) == (409, "name_taken")
+
+
+async def test_a_store_that_somebody_holds_is_a_problem_and_not_a_wait(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(store_module, "LOCK_S", 0.05)
+    with (world.store.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert refused(await post(world, f"{ADAPTER}/snapshot", {"label": "kept"})) == (503, "store_busy")
+    assert newest(world).details["refused"] == "store_busy"
 
 
 async def test_a_snapshot_sent_again_is_made_once(world: World) -> None:

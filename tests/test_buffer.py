@@ -118,11 +118,20 @@ async def test_an_equal_query_is_kept_once(
         first = make_query(1)
         again = Query("q_again", first.images, first.question)
         await buffer.put(first, "ann")
-        assert await reason(buffer, again, "bob") == "duplicate"
+        assert await reason(buffer, again, "ann") == "duplicate"
         assert await reason(buffer, Query("q_other", first.images, "and this?")) is None
         assert await reason(buffer, Query("q_labels", first.images, first.question, ("a", "b"))) is None
         stream.settle(stream.take(8, 1.0), "trained")
-        assert await reason(buffer, again) == "duplicate", "learned from once is enough"
+        assert await reason(buffer, again, "ann") == "duplicate", "learned from once is enough"
+
+
+async def test_nobody_is_told_what_another_client_has_asked(server: EmbeddedValkey, settings: Settings) -> None:
+    async with open_buffer(settings, server.url) as buffer:
+        first = make_query(1)
+        await buffer.put(first, "ann")
+        assert await reason(buffer, Query("q_same", first.images, first.question), "bob") is None
+        assert await buffer.withdraw(first.id)
+        assert await reason(buffer, Query("q_again", first.images, first.question), "bob") == "duplicate"
 
 
 async def test_one_client_cannot_crowd_out_the_others(server: EmbeddedValkey, settings: Settings) -> None:

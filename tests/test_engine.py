@@ -22,6 +22,7 @@ from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
+from servetune.server import engine as engine_module
 from servetune.server.answering import LET_OTHERS_IN, Answering
 from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull, fewest_threads
 from servetune.server.model import _dtype
@@ -618,6 +619,35 @@ async def test_who_waits_when_the_engine_stops_is_told(roomy: Engine) -> None:
     await stopping
     with pytest.raises((asyncio.CancelledError, Stopped)):
         await waiting
+
+
+async def test_a_model_that_stands_still_holds_up_neither_erasing_nor_the_end(
+    policy: Policy, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(policy, store, Settings(home=tmp_path, request_timeout_s=0.05))
+    await engine.start()
+    goes_on, stands, forgotten = threading.Event(), threading.Event(), threading.Event()
+
+    def stand_still() -> None:
+        stands.set()
+        goes_on.wait()
+
+    monkeypatch.setattr(engine_module, "STOP_S", 0.05)
+    monkeypatch.setattr(policy, "forget_images", forgotten.set)
+    engine._thread.submit(stand_still)
+    try:
+        with pytest.raises(TimeoutError):
+            await engine.forget([])
+        goes_on.set()
+        assert await asyncio.to_thread(forgotten.wait, 10), "late, but forgotten"
+        goes_on.clear()
+        stands.clear()
+        engine._thread.submit(stand_still)
+        await asyncio.to_thread(stands.wait, 10)
+        await engine.stop()
+        assert engine.stands_still
+    finally:
+        goes_on.set()
 
 
 def test_more_threads_are_used_only_where_they_pay(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import multiprocessing
@@ -24,6 +25,7 @@ from servetune.adapters.versions import (
     Erasure,
     ForeignStore,
     NameTaken,
+    StoreBusy,
     StoreError,
     UnknownVersion,
 )
@@ -329,6 +331,7 @@ def test_errors_have_stable_codes() -> None:
         "name_taken",
         "adapter_incompatible",
         "query_erased",
+        "store_busy",
     }
 
 
@@ -337,3 +340,16 @@ def test_the_manifest_is_plain_json(tmp_path: Path) -> None:
     content = json.loads((tmp_path / "default" / "v0000" / "manifest.json").read_text())
     assert content["files"].keys() == {store_module.WEIGHTS, store_module.CONFIG}
     assert store.manifest(0).origin == "base"
+
+
+def test_a_process_that_stands_still_with_the_lock_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened(tmp_path)
+    monkeypatch.setattr(store_module, "LOCK_S", 0.05)
+    with (store.folder / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(StoreBusy):
+            store.snapshot("kept")
+        assert store.live().version == 0, "readers need no lock"
+    assert store.snapshot("kept").version == 1

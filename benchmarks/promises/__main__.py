@@ -26,6 +26,8 @@ import structlog
 from benchmarks.promises import (  # noqa: F401  they fill the table
     access,
     artifacts,
+    availability,
+    clients,
     contract,
     delivery,
     fuzzing,

@@ -139,7 +139,7 @@ def ledger(short: bool, seed: int, broken: str) -> Ledger:
         # Everybody has stopped in good order: the file is what a restart would find.
         store = AdapterStore(home / "store")
         trained = Counter(query_id for number in _line(store) for query_id in store.manifest(number).query_ids)
-        counts, kept = _left(home)
+        counts, kept = left(home)
     return Ledger(frozenset(asked.acked), counts, kept, trained, ", ".join(told))
 
 
@@ -163,7 +163,7 @@ def _has_gone_on(home: Path) -> bool:
     return marker.exists() and live.created > marker.stat().st_mtime
 
 
-def _left(home: Path) -> tuple[dict[str, int], frozenset[str]]:
+def left(home: Path) -> tuple[dict[str, int], frozenset[str]]:
     """The ledger and the ids in the stream of a home whose server is not running."""
     server = EmbeddedValkey.start(home, 10**9)
     try:
@@ -232,7 +232,7 @@ def a_full_buffer_refuses(trial: Trial) -> Found:
         for _ in range(num):
             asked.once(client)
         buffer = client.adaptation.status().buffer
-    counts, kept = _left(product.home)
+    counts, kept = left(product.home)
     exact = asked.skipped == {"buffer_full": num - room} and len(asked.acked) == room == buffer.waiting
     good = exact and asked.refused == 0 and kept == asked.acked and counts["acked"] == room
     return Found(good, f"{asked.refused} of {num} refused, {len(kept)} of {room} kept, {dict(asked.skipped)}")

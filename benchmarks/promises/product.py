@@ -36,7 +36,7 @@ class Product:
     def __init__(self, home: Path, *faults: str, **settings: object) -> None:
         self.home = home
         self._faults = faults
-        self._settings = {"home": home, "serve_threads": 1, "worker_threads": 1} | settings
+        self._settings = {"home": home, "port": 0, "serve_threads": 1, "worker_threads": 1} | settings
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
 
@@ -54,7 +54,7 @@ class Product:
         self.home.mkdir(parents=True, exist_ok=True)
         chosen = {f"SERVETUNE_{name.upper()}": str(value) for name, value in self._settings.items()}
         environment = os.environ | chosen | breaking.environment(*self._faults)
-        command = [sys.executable, "-m", "servetune", "serve", "--port", "0"]
+        command = [sys.executable, "-m", "servetune", "serve"]
         with open(self.home / "server.log", "a") as log:
             self._process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment, cwd=self.home

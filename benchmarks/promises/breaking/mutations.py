@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import os
 import signal
 import time
@@ -73,6 +74,89 @@ def _dies_once_before_settling(settle: Any) -> Any:
         return settle(self, deliveries, outcome)
 
     return settling
+
+
+def _notes_pixels(answer: Any) -> Any:
+    """A digest of the picture that was given last, in a file `seen` of the home."""
+
+    async def answering(self: Any, query: Any, *args: Any) -> Any:
+        (image,) = query.images
+        digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
+        _write(f"{self._settings.home}/seen", digest)
+        return await answer(self, query, *args)
+
+    return answering
+
+
+def _pictures_at_hand(init: Any) -> Any:
+    """Every allowed host has the file `picture` of the home, and an address of the open internet."""
+    import httpx2
+
+    async def pieces(content: bytes) -> Any:
+        yield content
+
+    def give(request: Any) -> Any:
+        return httpx2.Response(200, content=pieces(Path(os.environ["SERVETUNE_HOME"], "picture").read_bytes()))
+
+    async def resolve(host: str) -> list[str]:
+        return ["8.8.8.8"]
+
+    def make(self: Any, hosts: Any, max_bytes: int, *args: Any) -> None:
+        init(self, hosts, max_bytes, resolve, httpx2.MockTransport(give))
+
+    return make
+
+
+def _without_end(warm: Any) -> Any:
+    """No answer ends before it is as long as it may be."""
+
+    def warming(self: Any) -> None:
+        warm(self)
+        self._policy.family.end_tokens = frozenset()
+
+    return warming
+
+
+def _stands_still(observe_each: Any) -> Any:
+    """For as long as there is a file `stalled` in the home."""
+
+    def observing(self: Any, queries: Any) -> Any:
+        while Path(os.environ["SERVETUNE_HOME"], "stalled").exists():
+            time.sleep(0.05)
+        return observe_each(self, queries)
+
+    return observing
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w") as file:
+        file.write(text)
+
+
+def _noted(path: str, before: list[float], now: list[float]) -> list[float]:
+    """The larger of each, which the file has; it begins anew where there is no file."""
+    most = list(map(max, before, now)) if os.path.exists(path) else now
+    if most != before:
+        _write(path, " ".join(map(str, most)))
+    return most
+
+
+def _notes_lag(announce: Any) -> Any:
+    """How late the event loop has come to a timer at most, and how long its thread computed meanwhile at most.
+
+    Both in seconds, in a file `lag` of the home.
+    """
+
+    async def announcing(server: Any, settings: Any) -> None:
+        await announce(server, settings)
+        most = [0.0, 0.0]
+        while True:
+            due, computed = time.monotonic() + 0.005, time.thread_time()
+            await asyncio.sleep(0.005)
+            now = [time.monotonic() - due, time.thread_time() - computed]
+            most = _noted(f"{settings.home}/lag", most, now)
+
+    return announcing
 
 
 # --- mutations ---------------------------------------------------------------------------------------
@@ -304,6 +388,78 @@ def _never_compacts(compact: Any) -> Any:
     return nothing
 
 
+def _mirrored_as_text(decode: Any) -> Any:
+    async def decoding(self: Any, data: Any) -> Any:
+        from PIL import ImageOps
+
+        image = await decode(self, data)
+        return ImageOps.mirror(image) if isinstance(data, str) else image
+
+    return decoding
+
+
+def _another_key_each_time(request: Any) -> Any:
+    def requesting(self: Any, call: Any, headers: Any, content: Any) -> Any:
+        return request(self, call, headers | {"Idempotency-Key": os.urandom(8).hex()}, content)
+
+    return requesting
+
+
+def _whoever_sends_it(slot: Any) -> Any:
+    def without_caller(path: str, headers: Any) -> Any:
+        named = {name: value for name, value in headers.items() if name != "authorization"}
+        return slot(path, named)
+
+    return without_caller
+
+
+def _hands_on(infer: Any) -> Any:
+    """Who asks next gets the answer of whoever has left."""
+    abandoned: list[Any] = []
+
+    async def inferring(self: Any, *args: Any) -> Any:
+        if abandoned:
+            return await abandoned.pop()
+        working = asyncio.create_task(infer(self, *args))
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            abandoned.append(working)
+            raise
+
+    return inferring
+
+
+def _whoever_has_left(while_connected: Any) -> Any:
+    async def working(request: Any, work: Any) -> Any:
+        return await work
+
+    return working
+
+
+def _waits_for_ever(lock: Any) -> Any:
+    def locking(file: Any) -> None:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+    return locking
+
+
+def _in_a_while(handle_exit: Any) -> Any:
+    def handle(self: Any, *args: Any) -> None:
+        asyncio.get_running_loop().call_later(3, handle_exit, self, *args)
+
+    return handle
+
+
+def _on_the_loop(decode: Any) -> Any:
+    async def decoding(self: Any, data: Any) -> Any:
+        return self._decode(data)
+
+    return decoding
+
+
 def _anybody(authorize: Any) -> Any:
     def welcome(self: Any, authorization: Any, scope: Any) -> Any:
         from servetune.server.access import Principal
@@ -316,6 +472,11 @@ def _anybody(authorize: Any) -> Any:
 MUTATIONS: dict[str, list[Mutation]] = {
     "poison": [Mutation("servetune.adapters.step", "Learner.step", _dies_on_poison)],
     "dies-before-settling": [Mutation("servetune.server.worker", "Worker._settle", _dies_once_before_settling)],
+    "notes-pixels": [Mutation("servetune.server.engine", "Engine.answer", _notes_pixels)],
+    "pictures-at-hand": [Mutation("servetune.server.fetch", "ImageFetcher.__init__", _pictures_at_hand)],
+    "endless": [Mutation("servetune.server.engine", "Engine._warm", _without_end)],
+    "stalls": [Mutation("servetune.adapters.policy", "Policy.observe_each", _stands_still)],
+    "notes-lag": [Mutation("servetune.server.main", "_announce", _notes_lag)],
     "A1": [Mutation("benchmarks.promises.artifacts", "sources", _with_a_pickle)],
     "A2": [Mutation("servetune.adapters.store", "AdapterStore.__init__", _opens_whatever_is_named)],
     "A3": [Mutation("servetune.adapters.store", "AdapterStore._place", _in_place)],
@@ -362,4 +523,12 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "R5": [Mutation("servetune.server.buffer", "QueryStream.take", _unlimited)],
     "R6": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _takes_all)],
     "R7": [Mutation("servetune.server.service", "Keeping.settle", _patient)],
+    "R8": [Mutation("servetune.server.service", "AnswerService._infer", _hands_on)],
+    "I8": [Mutation("servetune.server.decoders", "Decoders.decode", _mirrored_as_text)],
+    "K1": [Mutation("servetune.clients.session", "Session._request", _another_key_each_time)],
+    "T2": [Mutation("servetune.server.idempotency", "_slot", _whoever_sends_it)],
+    "O2": [Mutation("servetune.server.routes", "_while_connected", _whoever_has_left)],
+    "O3": [Mutation("uvicorn.server", "Server.handle_exit", _in_a_while)],
+    "O4": [Mutation("servetune.adapters.store", "lock", _waits_for_ever)],
+    "O6": [Mutation("servetune.server.decoders", "Decoders.decode", _on_the_loop)],
 }
