@@ -8,11 +8,23 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
 from benchmarks.promises.rows import Found, Trial, promise
-from benchmarks.swap import GREEDY, check_that_versions_differ, probes, publish, same, swap, swap_under_load
+from benchmarks.swap import (
+    GREEDY,
+    check_that_versions_differ,
+    grow,
+    probes,
+    publish,
+    same,
+    swap,
+    swap_and_wait,
+    swap_under_load,
+    watched,
+)
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Sampling
@@ -101,6 +113,47 @@ def one_version_per_generation(trial: Trial) -> Found:
 def _nats(answer: Outcome) -> float:
     """How unlikely a whole answer is; every token's share of it depends on the weights."""
     return -math.log(answer.confidence or 1e-300)
+
+
+@promise("S3", "swaps cost little", timed=True)
+def swaps_cost_little(trial: Trial) -> Found:
+    """A version a second against none, by turns; and how long a swap as such holds the engine's thread."""
+    rounds, seconds = trial.times(2, 5), 4.0 if trial.short else 10.0
+
+    async def measure() -> tuple[float, float]:
+        async with engine(trial) as (made, policy, store):
+            versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
+            await swap(made, store, versions[0])
+            stalls, _ = watched(made)
+            ratio = await swap_and_wait(made, store, versions, 8, rounds, seconds)
+            return ratio, 1e3 * max(stalls, default=0.0)
+
+    ratio, stall_ms = asyncio.run(measure())
+    return Found(ratio <= 1.15 and stall_ms <= 10, f"p99 {ratio:.2f} times, longest stall {stall_ms:.2f} ms")
+
+
+@promise("S4", "nothing grows with the number of swaps")
+def nothing_grows(trial: Trial) -> Found:
+    """Memory, open files and resident sets of weights over swap after swap, after some to warm up."""
+    warm_up, swaps = trial.times(100, 200), trial.times(500, 5000)
+
+    async def measure() -> tuple[float, int, int]:
+        async with engine(trial) as (made, policy, store):
+            versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
+            await grow(made, store, versions, warm_up)
+            files = _open_files()
+            slope_kb = await grow(made, store, versions, swaps)
+            return slope_kb, _open_files() - files, len(made.residency()[0]) - 1
+
+    slope_kb, files, resident = asyncio.run(measure())
+    figure = (
+        f"{slope_kb:.2f} kB a swap over {swaps}, {files:+} open files, {resident} sets of weights beside the base"
+    )
+    return Found(slope_kb <= 2 and files <= 0 and resident <= len(SLOTS), figure)
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 @promise("S6", "no cache is stale")

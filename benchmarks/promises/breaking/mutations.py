@@ -158,6 +158,26 @@ def _one_slot_for_all(free_slot: Any) -> Any:
     return lambda self: "slot0"
 
 
+def _loads_between_answers(loaded: Any) -> Any:
+    """On the engine's thread, from a disk that takes its time."""
+
+    async def load(self: Any, version: int) -> Any:
+        await self._run(lambda: time.sleep(0.05))
+        return await loaded(self, version)
+
+    return load
+
+
+def _keeps_what_it_read(weights: Any) -> Any:
+    kept = []
+
+    def read(self: Any, version: int) -> Any:
+        kept.append(weights(self, version))
+        return kept[-1]
+
+    return read
+
+
 def _without_version(begin_each: Any) -> Any:
     return lambda self, seen, versions=None, cache=None, slots=None: begin_each(
         self, seen, versions and ["any"] * len(versions), cache, slots
@@ -291,6 +311,15 @@ def _never_compacts(compact: Any) -> Any:
     return nothing
 
 
+def _believes_to_hold_all(renew: Any) -> Any:
+    return lambda self, deliveries: [renew(self, deliveries), list(deliveries)][1]
+
+
+def _biased(advantages: Any) -> Any:
+    """The variance of the group in place of the unbiased one."""
+    return lambda rewards, weights, num=None, *rest: advantages(rewards, weights, None, *rest)
+
+
 def _anybody(authorize: Any) -> Any:
     def welcome(self: Any, authorization: Any, scope: Any) -> Any:
         from servetune.server.access import Principal
@@ -306,11 +335,14 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "A1": [Mutation("benchmarks.promises.artifacts", "sources", _with_a_pickle)],
     "A2": [Mutation("servetune.adapters.store", "AdapterStore.__init__", _opens_whatever_is_named)],
     "A3": [Mutation("servetune.adapters.store", "AdapterStore._place", _in_place)],
+    "A4": [Mutation("servetune.server.worker", "RETRY_S", constant(3600.0))],
     "A5": [Mutation("servetune.adapters.store", "AdapterStore._verified", _unverified)],
     "A6": [Mutation("servetune.adapters.policy", "Policy.check", always(None))],
     "A7": [Mutation("servetune.adapters.store", "AdapterStore.reset", _to_where_it_is)],
     "S1": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
     "S2": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
+    "S3": [Mutation("servetune.server.engine", "Engine._loaded", _loads_between_answers)],
+    "S4": [Mutation("servetune.adapters.store", "AdapterStore.weights", _keeps_what_it_read)],
     "S6": [Mutation("servetune.adapters.policy", "Policy.begin_each", _without_version)],
     "S7": [Mutation("servetune.server.engine", "Engine._load", _as_far_as_it_fits)],
     "I1": [Mutation("servetune.server.images", "ImageReader.read", _raising)],
@@ -327,8 +359,10 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "P2": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P3": [Mutation("servetune.server.worker", "Worker._review", always(None))],
     "P4": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
+    "P6": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
+    "P9": [Mutation("servetune.adapters.grpo", "advantages", _biased)],
     "T1": [Mutation("servetune.server.access", "Access.authorize", _anybody)],
     "T6": [
         Mutation("servetune.server.service", "_why_not_kept", _keeps_what_was_opted_out),
@@ -341,6 +375,10 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
     "R2": [Mutation("servetune.server.buffer", "QueryStream.settle", _uncounted)],
     "R3": [Mutation("servetune.adapters.store", "AdapterStore.learned_from", always(set()))],
+    "R4": [
+        Mutation("servetune.server.buffer", "QueryStream.renew", _believes_to_hold_all),
+        Mutation("servetune.adapters.store", "AdapterStore._expect", always(None)),
+    ],
     "R5": [Mutation("servetune.server.buffer", "QueryStream.take", _unlimited)],
     "R6": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _takes_all)],
     "R7": [Mutation("servetune.server.service", "Keeping.settle", _patient)],
