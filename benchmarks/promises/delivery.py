@@ -29,7 +29,7 @@ from servetune.server.buffer import QueryBuffer, QueryStream
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
-from servetune.server.worker import SLOTS, Worker
+from servetune.server.worker import POLL_S, SLOTS, Worker
 
 PARTS: tuple[Part, ...] = ("worker", "redis", "server", "all")
 OUTCOMES = ("trained", "no_signal", "rejected", "dead", "expired", "withdrawn")
@@ -38,7 +38,8 @@ LEASE_S = 3
 QUICK = {"lease_s": LEASE_S, "flush_s": 0.5, "max_deliveries": 100, "queue_wait_s": 60}
 QUICK |= {"buffer_client_share": 1, "queries_per_step": 4, "steps_per_candidate": 1}
 STREAM = "servetune:{default}:queries"
-IN_STEP = "in-step-"
+AT_WORK = "at-work-"
+BATCH = 2
 SETTLED_S, LEARNED_S = 600.0, 300.0
 
 
@@ -216,14 +217,19 @@ def live_work_is_not_stolen(trial: Trial) -> Found:
     settings = Settings(
         home=home, lease_s=1.5, max_deliveries=100, max_answer_tokens=4, learner="random"
     )  # always a signal
-    settings = settings.model_copy(update={"queries_per_step": 4, "steps_per_candidate": 1, "flush_s": 0.0})
-    valkey, start = EmbeddedValkey.start(home, 10**9), multiprocessing.get_context("spawn").Process
+    settings = settings.model_copy(update={"queries_per_step": BATCH, "steps_per_candidate": 1, "flush_s": 0.0})
+    store, valkey = AdapterStore(home / "store"), EmbeddedValkey.start(home, 10**9)
+    start = multiprocessing.get_context("spawn").Process
     workers = [start(target=_dawdle, args=(settings, valkey.url), daemon=True) for _ in range(2)]
     try:
         for worker in workers:
             worker.start()
         for number in range(rounds):
-            asyncio.run(_put(settings, valkey.url, [4 * number + each for each in range(4)]))
+            eventually(lambda: store.live().generation > 0)
+            store.set_paused(True)  # so that one worker takes all of them
+            time.sleep(2 * POLL_S)
+            asyncio.run(_put(settings, valkey.url, [BATCH * number + each for each in range(BATCH)]))
+            store.set_paused(False)
             stolen += _one_round(settings, valkey.url, stopped=number % 2 == 1)
     finally:
         for worker in workers:
@@ -231,29 +237,31 @@ def live_work_is_not_stolen(trial: Trial) -> Found:
             worker.join()
         valkey.stop()
     counts, kept = _left(home)
-    store = AdapterStore(home / "store")
     commits = Counter(query_id for made in store.promoted() for query_id in store.manifest(made).query_ids)
     twice = sum(count > 1 for count in commits.values())
-    settled = counts["acked"] == 4 * rounds == sum(counts.get(name, 0) for name in OUTCOMES)
+    settled = counts["acked"] == BATCH * rounds == sum(counts.get(name, 0) for name in OUTCOMES)
     figure = f"{twice} of {len(commits)} committed twice, {stolen} taken from a live worker, ledger {counts}"
     return Found(twice + stolen == 0 and settled and not kept and bool(commits), figure)
 
 
 def _dawdle(settings: Settings, url: str) -> None:
-    """A worker whose steps take three leases more than they would; it says when it is in one."""
+    """A worker whose steps take three leases more than they would; it says from when on a turn has work."""
     policy = load_policy(settings, SLOTS, 1)
-    store, mark = open_store(settings, policy), settings.path(f"{IN_STEP}{os.getpid()}")
+    store, mark = open_store(settings, policy), settings.path(f"{AT_WORK}{os.getpid()}")
     with closing(QueryStream.connect(settings, url, "worker")) as stream:
         worker = Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
-        step = worker.learner.step
+        step, turn = worker.learner.step, worker.turn
 
         def slowly(queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
             mark.touch()
             time.sleep(3 * settings.lease_s)
-            mark.unlink()
             return step(queries)
 
-        worker.learner.step = slowly  # type: ignore[method-assign]
+        def marked() -> None:
+            turn()
+            mark.unlink(missing_ok=True)
+
+        worker.learner.step, worker.turn = slowly, marked  # type: ignore[method-assign]
         worker.run(threading.Event())
 
 
@@ -266,9 +274,9 @@ async def _put(settings: Settings, url: str, numbers: list[int]) -> None:
 
 def _one_round(settings: Settings, url: str, stopped: bool) -> int:
     """Until all that waits is settled; how many queries changed hands although nobody had stopped."""
-    eventually(lambda: bool(_in_step(settings)), 60)
+    eventually(lambda: bool(_at_work(settings)), 60)
     if stopped:
-        [victim, *_] = _in_step(settings)
+        [victim, *_] = _at_work(settings)
         os.kill(victim, signal.SIGSTOP)
         time.sleep(2 * settings.lease_s)
         os.kill(victim, signal.SIGCONT)
@@ -282,11 +290,12 @@ def _one_round(settings: Settings, url: str, stopped: bool) -> int:
             return client.xlen(STREAM) == 0
 
         eventually(settled, 20 * settings.lease_s)
+    eventually(lambda: not _at_work(settings), 20 * settings.lease_s)  # also who is late has come to an end
     return 0 if stopped else len(again)
 
 
-def _in_step(settings: Settings) -> list[int]:
-    return [int(path.name.removeprefix(IN_STEP)) for path in settings.home.glob(f"{IN_STEP}*")]
+def _at_work(settings: Settings) -> list[int]:
+    return [int(path.name.removeprefix(AT_WORK)) for path in settings.home.glob(f"{AT_WORK}*")]
 
 
 @promise("R5", "poison is set aside, and takes no other query with it")
