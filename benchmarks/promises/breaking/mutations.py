@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -166,6 +167,18 @@ def _loads_between_answers(loaded: Any) -> Any:
         return await loaded(self, version)
 
     return load
+
+
+def _forgets_every_third(release: Any) -> Any:
+    numbers = count(1)
+
+    def some(self: Any, version: int) -> None:
+        if next(numbers) % 3:
+            release(self, version)
+        else:
+            self._waiting -= 1  # and keeps the lease
+
+    return some
 
 
 def _keeps_what_it_read(weights: Any) -> Any:
@@ -343,6 +356,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "S2": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
     "S3": [Mutation("servetune.server.engine", "Engine._loaded", _loads_between_answers)],
     "S4": [Mutation("servetune.adapters.store", "AdapterStore.weights", _keeps_what_it_read)],
+    "S5": [Mutation("servetune.server.engine", "Engine._release", _forgets_every_third)],
     "S6": [Mutation("servetune.adapters.policy", "Policy.begin_each", _without_version)],
     "S7": [Mutation("servetune.server.engine", "Engine._load", _as_far_as_it_fits)],
     "I1": [Mutation("servetune.server.images", "ImageReader.read", _raising)],
