@@ -23,7 +23,15 @@ from typing import Any
 
 import structlog
 
-from benchmarks.promises import access, artifacts, delivery, inputs, learning, swaps  # noqa: F401  they fill the table
+from benchmarks.promises import (  # noqa: F401  they fill the table
+    access,
+    artifacts,
+    delivery,
+    inputs,
+    learning,
+    serving,
+    swaps,
+)
 from benchmarks.promises.breaking import MUTATIONS, breaking
 from benchmarks.promises.rows import ROWS, Found, Row, Skip, Trial
 

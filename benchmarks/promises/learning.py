@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import math
+import random
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 
 import torch
 from PIL import Image
@@ -16,8 +22,9 @@ from torch import Tensor
 from benchmarks.formulas import AGGREGATIONS, Case, make_case, ours, theirs
 from benchmarks.gate import drill
 from benchmarks.promises.delivery import QUICK, Asked
-from benchmarks.promises.product import LABELS, Product, picture
+from benchmarks.promises.product import IMAGES, LABELS, Product, eventually, picture
 from benchmarks.promises.rows import Found, Trial, promise
+from servetune import Client
 from servetune.adapters.family import Family
 from servetune.adapters.gate import Limits
 from servetune.adapters.policy import LoraSpec, Policy
@@ -25,12 +32,20 @@ from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
 from servetune.adapters.versions import Draft
+from servetune.evals.data import Item, Split
+from servetune.evals.protocol import Scorer
+from servetune.evals.protocol import run as evaluate
+from servetune.evals.streams import SEVERITY
+from servetune.evals.views import CORRUPTIONS
 from servetune.server.buffer import Delivery
 from servetune.server.lockstep import ListStream, list_worker, lock_step
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
 from servetune.server.worker import SLOTS
 
+CLIENTS = {name: f"stu_{name}.{'k' * 43}" for name in ("attacker", "others")}
+SHARE = 0.5  # of the buffer for each of them
+WINDOW = 500
 REPLAY = 16  # of the gate
 MEASURED = ("version", "parent", "base")
 SLACK = 0.01  # the gate scores only labels that matter
@@ -104,6 +119,100 @@ def _nothing(policy: Policy, trial: Trial) -> Iterator[list[Query]]:
         pictures = [Image.effect_noise((112, 112), dice.uniform(1, 8)).convert("RGB") for _ in range(16)]
         question = policy.family.recognition_question
         yield [Query(f"q{batch}-{n}", (one,), question, tuple(LABELS)) for n, one in enumerate(pictures)]
+
+
+@promise("P1", "a hostile client cannot hurt others much, nor crowd them out")
+def a_hostile_client_cannot_hurt(trial: Trial) -> Found:
+    """Half of what is asked is one client's: one object over and over, and the same image again.
+
+    The table wants him in at most a tenth of any batch. The product caps what a client may have in the buffer
+    (`buffer_client_share`), not in a batch: it is that cap which is checked. Batches are in the order of asking.
+    """
+    num, canaries = trial.times(24, 1000), [2 * n + 1 for n in range(trial.times(60, 163))]
+    settings = QUICK | {"buffer_client_share": SHARE, "buffer_queries": 2 * num, "queries_per_step": 8}
+    settings |= {"api_keys": json.dumps(list(CLIENTS.values()))}
+    with Product(trial.folder / "home", **settings) as product, product.client() as admin:
+        clients = {name: Client(product.url, api_key=key) for name, key in CLIENTS.items()}
+        admin.adaptation.pause()
+        kept: Counter[str] = Counter()
+        for number in range(num):
+            kept["others"] += _is_kept(clients["others"], picture(2 * number))
+        for number in range(2 * num):  # more than his share, a third of it sent before
+            again = number - number % 3 if number % 3 == 1 else number
+            kept["attacker"] += _is_kept(clients["attacker"], picture(len(IMAGES) * again))
+        admin.adaptation.resume()
+        with suppress(TimeoutError):  # what is not settled has taught nothing
+            eventually(lambda: _is_settled(admin), 60 if trial.short else 3600)
+        right = {choice: _num_right(clients["others"], canaries, choice) for choice in ("base", "live")}
+        versions = AdapterStore(product.home / "store").live().version
+        for client in clients.values():
+            client.close()
+    drop = 100 * (right["base"] - right["live"]) / len(canaries)
+    cap = SHARE * 2 * num
+    figure = f"canaries {right['base']} -> {right['live']} of {len(canaries)} right at v{versions:04d}, "
+    figure += (
+        f"{kept['attacker']} of the attacker's kept (at most {cap:.0f}), {kept['others']} of {num} of the others'"
+    )
+    return Found(drop <= 2 and kept["attacker"] <= cap and kept["others"] == num, figure)
+
+
+def _is_kept(client: Client, image: Image.Image) -> bool:
+    return client.recognize(image, LABELS).adaptation.status == "queued"
+
+
+def _is_settled(client: Client) -> bool:
+    status = client.adaptation.status()
+    return status.buffer.waiting + status.buffer.pending == 0 and status.lag_versions == 0
+
+
+def _num_right(client: Client, numbers: list[int], choice: str) -> int:
+    """How many pictures are named right among all names."""
+    names = [path.stem.replace("-", " ") for path in IMAGES]
+    answers = [client.recognize(picture(number), names[:200], adapter=choice, adapt=False) for number in numbers]
+    return sum(
+        answer.answer == names[number % len(names)] for answer, number in zip(answers, numbers, strict=True)
+    )
+
+
+@promise("P5", "long streams end no worse than frozen")
+def long_streams_end_no_worse(trial: Trial) -> Found:
+    """A stream that drifts from one corruption to the next and back, learned from in lock step, frozen beside."""
+    runs = trial.times(1, 5)
+    told = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        settings = Settings(home=trial.folder, worker_threads=1)
+        policy = load_policy(settings, SLOTS, 1)
+        scorer = Scorer(policy, settings.max_answer_tokens, policy.family.recognition_question)
+        for number in range(runs):
+            items = list(_drifting(trial.times(96, 10_000), random.Random(trial.seed + number)))
+            chosen = settings.model_copy(update={"seed": trial.seed + number})
+            made = evaluate(policy, chosen, Split(items, []), (), scorer)
+            told.append((_mean(made.right), _worst(made.right), made.published))
+    good = all(gain >= 0 and worst >= -0.02 for gain, worst, _ in told)
+    means, windows = (", ".join(f"{each[index]:+.3f}" for each in told) for index in (0, 1))
+    figure = f"mean {means}, worst window {windows} against frozen, {sum(each[2] for each in told)} versions"
+    return Found(good and all(each[2] for each in told), figure)
+
+
+def _drifting(num: int, dice: random.Random) -> Iterator[Item]:
+    """Pictures under one corruption after the other, eight times in all, as strong as in `evals.streams`."""
+    kinds = list(SEVERITY) * 2
+    for index in range(num):
+        kind, place = kinds[index * len(kinds) // num], dice.randrange(len(LABELS))
+        number = 16 * place + len(IMAGES) * dice.randrange(1000)
+        image = CORRUPTIONS[kind](picture(number), SEVERITY[kind], dice)
+        name = f"{index}-{kind}"
+        yield Item(name, name, partial(Image.Image.copy, image), "", LABELS[place], tuple(LABELS))
+
+
+def _mean(right: Sequence[tuple[bool, bool]]) -> float:
+    return fmean(adapted - frozen for frozen, adapted in right)
+
+
+def _worst(right: Sequence[tuple[bool, bool]]) -> float:
+    """The least of `_mean` over windows; of a short stream, over the whole."""
+    width = min(WINDOW, len(right))
+    return min(_mean(right[start : start + width]) for start in range(len(right) - width + 1))
 
 
 @promise("P7", "no signal, no change")

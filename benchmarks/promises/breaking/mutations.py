@@ -306,6 +306,21 @@ def _takes_all(enqueue: Any) -> Any:
     return taking
 
 
+def _shares_nothing_out(enqueue: Any) -> Any:
+    def taking(self: Any, *args: Any) -> Any:
+        self._settings = self._settings.model_copy(update={"buffer_client_share": 1.0})
+        return enqueue(self, *args)
+
+    return taking
+
+
+def _in_a_hurry(learner_config: Any) -> Any:
+    def hasty(settings: Any) -> Any:
+        return learner_config(settings.model_copy(update={"learning_rate": 0.3}))
+
+    return hasty
+
+
 def _compares_letter_by_letter(identify: Any) -> Any:
     def compare(self: Any, authorization: str) -> Any:
         key = authorization.partition(" ")[2]
@@ -331,6 +346,33 @@ def _believes_to_hold_all(renew: Any) -> Any:
 def _biased(advantages: Any) -> Any:
     """The variance of the group in place of the unbiased one."""
     return lambda rewards, weights, num=None, *rest: advantages(rewards, weights, None, *rest)
+
+
+def _admits_all(admitted: Any) -> Any:
+    return lambda self: contextlib.nullcontext()
+
+
+def _pushes_in(yield_to_serving: Any) -> Any:
+    def pushing() -> None:
+        with contextlib.suppress(OSError):
+            os.nice(-10)
+
+    return pushing
+
+
+def _with_more_threads(load_policy: Any) -> Any:
+    def load(settings: Any, slots: Any, threads: int, stays: bool = False) -> Any:
+        return load_policy(settings, slots, 4 if "candidate" in slots else threads, stays)
+
+    return load
+
+
+def _leaves_a_file_open(answer: Any) -> Any:
+    async def leaving(self: Any, *args: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return await answer(self, *args)
+
+    return leaving
 
 
 def _anybody(authorize: Any) -> Any:
@@ -370,13 +412,24 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("servetune.server.decoding", "_is_supported", always(True)),
     ],
     "I4": [Mutation("servetune.server.middleware", "BodyCap.__init__", _without_cap)],
+    "P1": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _shares_nothing_out)],
     "P2": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P3": [Mutation("servetune.server.worker", "Worker._review", always(None))],
     "P4": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
+    "P5": [
+        Mutation("servetune.adapters.gate", "Gate.judge", _accepts),
+        Mutation("servetune.server.worker", "learner_config", _in_a_hurry),
+    ],
     "P6": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
     "P9": [Mutation("servetune.adapters.grpo", "advantages", _biased)],
+    "O1": [Mutation("servetune.server.service", "AnswerService._admitted", _admits_all)],
+    "O5": [
+        Mutation("servetune.server.worker", "yield_to_serving", _pushes_in),
+        Mutation("servetune.server.model", "load_policy", _with_more_threads),
+    ],
+    "O7": [Mutation("servetune.server.service", "AnswerService.answer", _leaves_a_file_open)],
     "T1": [Mutation("servetune.server.access", "Access.authorize", _anybody)],
     "T6": [
         Mutation("servetune.server.service", "_why_not_kept", _keeps_what_was_opted_out),
