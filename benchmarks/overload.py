@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.load import SIDES, closed_loop, open_loop, pictures, quantile
 from benchmarks.models import checkpoint
-from benchmarks.servers import Server, running
+from benchmarks.servers import Server, resident_mb, running
 
 CLIENTS = 32
 CALM = 0.8  # of the capacity
@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--times", type=float, default=4.0)
     parser.add_argument("--queue-wait", type=float, help="seconds; the server's own default where not given")
+    parser.add_argument("--clients", type=int, default=CLIENTS, help="that never wait, to know the capacity")
     parser.add_argument("--threads", type=int, default=1, help="of the server; clients need a processor too")
     options = parser.parse_args()
     settings = {} if options.queue_wait is None else {"queue_wait_s": options.queue_wait}
@@ -41,9 +42,10 @@ def main() -> None:
 async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]:
     images = pictures(SIDES.get(options.model, 448))
     await closed_loop(server, images, 2, 3.0)  # to warm up
-    capacity = (await closed_loop(server, images, CLIENTS, options.seconds / 3)).per_s
+    capacity = (await closed_loop(server, images, options.clients, options.seconds / 3)).per_s
     calm = await open_loop(server, images, CALM * capacity, options.seconds)
     print(f"capacity {capacity:.1f}/s; at {CALM} of it: {json.dumps(calm.summary())}", flush=True)
+    before_mb = resident_mb(server.pid)
     full = await open_loop(server, images, options.times * capacity, options.seconds, seed=1)
     print(f"at {options.times:g} times it: {json.dumps(full.summary())}, {dict(full.refused)}", flush=True)
     return {
@@ -55,6 +57,7 @@ async def measure(server: Server, options: argparse.Namespace) -> dict[str, Any]
         "refused": full.refused.total(),
         "refused_when_calm": calm.refused.total(),
         "refused_p99_s": round(quantile(full.refused_times, 0.99), 3),
+        "grown_mb": round(resident_mb(server.pid) - before_mb, 1),
         "p99_s": {"calm": round(calm.quantile(0.99), 3), "overload": round(full.quantile(0.99), 3)},
     }
 

@@ -135,6 +135,11 @@ def processes(server: int) -> dict[str, list[int]]:
     return found
 
 
+def resident_mb(pid: int) -> float:
+    """Memory that a process holds."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def _descendants(parent: int) -> Iterator[int]:
     for tasks in Path(f"/proc/{parent}/task").glob("*/children"):
         for pid in map(int, tasks.read_text().split()):

@@ -202,11 +202,14 @@ async def swap(engine: Engine, store: AdapterStore, version: int) -> None:
         await asyncio.sleep(0.001)
 
 
-async def swap_and_wait(engine: Engine, store: AdapterStore, versions: list[int], clients: int) -> float:
+async def swap_and_wait(
+    engine: Engine, store: AdapterStore, versions: list[int], clients: int, rounds: int = 3, seconds: float = 5.0
+) -> float:
+    """p99 of answers while a version a second is swapped, over that with none, in interleaved rounds."""
     times: dict[bool, list[float]] = {False: [], True: []}
-    for turn in range(6):
+    for turn in range(2 * rounds):
         swapping = bool(turn % 2)
-        until, asked = time.perf_counter() + 5, probes()
+        until, asked = time.perf_counter() + seconds, probes()
 
         async def client(number: int, until: float, asked: list[Query], times: list[float]) -> None:
             while (began := time.perf_counter()) < until:

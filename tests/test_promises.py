@@ -11,7 +11,7 @@ from benchmarks.promises.__main__ import check
 from benchmarks.promises.breaking import MUTATIONS
 from benchmarks.promises.rows import ROWS
 
-QUICK = {"A1", "A5", "A6", "P4", "P7", "S1", "S2", "S6", "S7"}
+QUICK = {"A1", "A5", "A6", "P4", "P7", "P9", "S1", "S2", "S6", "S7"}
 
 
 # P2's short form is three quarters of a minute of learning; tests/test_gate.py has the gate. I10 installs a tool.

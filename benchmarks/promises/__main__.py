@@ -33,6 +33,7 @@ from benchmarks.promises import (  # noqa: F401  they fill the table
     fuzzing,
     inputs,
     learning,
+    serving,
     swaps,
 )
 from benchmarks.promises.breaking import MUTATIONS, breaking

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import math
 import multiprocessing
+import shutil
+import subprocess
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx2
@@ -16,8 +21,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import checkpoint
+from benchmarks.promises.delivery import QUICK, Asked
 from benchmarks.promises.product import LABELS, Product, eventually, picture
-from benchmarks.promises.rows import Found, Trial, promise
+from benchmarks.promises.rows import Found, Skip, Trial, promise
+from servetune import Client
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
@@ -168,6 +175,69 @@ def _made(folder: Path) -> AdapterStore:
 
 def _weights(value: float) -> dict[str, Tensor]:
     return {"a.lora_A.weight": torch.full((8, 512), value), "a.lora_B.weight": torch.full((512, 8), value)}
+
+
+@promise("A4", "a full disk hurts only learning", timed=True)
+def a_full_disk_hurts_only_learning(trial: Trial) -> Found:
+    """The disk of the store fills while people ask, and is freed again; nobody restarts anything."""
+    home, asked, stop = trial.folder / "home", Asked(), threading.Event()
+    with (
+        _small_disk(home / "store") as disk,
+        Product(home, **QUICK) as product,
+        product.client() as client,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        asking = pool.submit(_ask_until, stop, asked, client)
+        try:
+            first = _next_version(client, 0)
+            (disk / "filler").write_bytes(bytes(shutil.disk_usage(disk).free))
+            degraded_s = _seconds(lambda: client.adaptation.status().worker.state == "degraded", 60)
+            time.sleep(trial.times(3, 60))
+            held = AdapterStore(disk).live().version
+            (disk / "filler").unlink()
+            resumed_s = _seconds(lambda: _next_version(client, held, 1) > held, 40)
+        finally:
+            stop.set()
+            asking.result()
+    figure = f"{asked.refused} of {len(asked.times_s) + asked.refused} answers failed, degraded after "
+    figure += f"{degraded_s:.1f} s, learning again after {resumed_s:.1f} s (v{first:04d}, v{held:04d} before)"
+    return Found(asked.refused == 0 and degraded_s <= 5 and resumed_s <= 30, figure)
+
+
+@contextmanager
+def _small_disk(place: Path) -> Iterator[Path]:
+    """A file system of its own, so small that it can be filled."""
+    place.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", place], capture_output=True).returncode:
+        raise Skip("needs the right to mount a tmpfs")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def _ask_until(stop: threading.Event, asked: Asked, client: Client) -> None:
+    while not stop.wait(0.2):  # the worker learns on what is left idle
+        asked.once(client)
+
+
+def _next_version(client: Client, before: int, within_s: float = 120) -> int:
+    """The version that is live, once it is another."""
+
+    def live() -> int:
+        return int(client.adaptation.status().live.removeprefix("v"))
+
+    eventually(lambda: live() != before, within_s)
+    return live()
+
+
+def _seconds(condition: Callable[[], bool], within_s: float) -> float:
+    """Until it comes true; infinitely many where it does not in time."""
+    began = time.monotonic()
+    with suppress(TimeoutError):
+        eventually(condition, within_s)
+        return time.monotonic() - began
+    return math.inf
 
 
 @promise("A5", "corruption is caught")

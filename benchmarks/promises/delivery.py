@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import multiprocessing
 import os
 import random
 import signal
@@ -9,8 +11,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,7 +23,13 @@ from benchmarks.promises.product import LABELS, Part, Product, eventually, pictu
 from benchmarks.promises.rows import Found, Skip, Trial, promise
 from servetune import Client
 from servetune.adapters.store import AdapterStore
+from servetune.adapters.types import Query, StepMetrics
+from servetune.server.audit import AuditLog
+from servetune.server.buffer import QueryBuffer, QueryStream
+from servetune.server.model import load_policy, open_store
+from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
+from servetune.server.worker import POLL_S, SLOTS, Worker
 
 PARTS: tuple[Part, ...] = ("worker", "redis", "server", "all")
 OUTCOMES = ("trained", "no_signal", "rejected", "dead", "expired", "withdrawn")
@@ -29,6 +37,9 @@ CLIENTS = 4
 LEASE_S = 3
 QUICK = {"lease_s": LEASE_S, "flush_s": 0.5, "max_deliveries": 100, "queue_wait_s": 60}
 QUICK |= {"buffer_client_share": 1, "queries_per_step": 4, "steps_per_candidate": 1}
+STREAM = "servetune:{default}:queries"
+AT_WORK = "at-work-"
+BATCH = 2
 SETTLED_S, LEARNED_S = 600.0, 300.0
 
 
@@ -169,7 +180,7 @@ def left(home: Path) -> tuple[dict[str, int], frozenset[str]]:
     try:
         with redis.Redis.from_url(server.url, decode_responses=True) as client:
             counts = {name: int(value) for name, value in client.hgetall("servetune:{default}:ledger").items()}  # type: ignore[union-attr]
-            entries = client.xrange("servetune:{default}:queries")
+            entries = client.xrange(STREAM)
             return counts, frozenset(fields["query"] for _, fields in entries)  # type: ignore[union-attr]
     finally:
         server.stop()
@@ -194,6 +205,97 @@ def at_most_once(trial: Trial) -> Found:
     found = ledger(trial.short, trial.seed, trial.broken)
     twice = sum(count > 1 for count in found.trained.values())
     return Found(twice == 0 and bool(found.trained), f"{twice} of {len(found.trained)} trained twice")
+
+
+@promise("R4", "live work is not stolen, and what was taken over is not committed twice")
+def live_work_is_not_stolen(trial: Trial) -> Found:
+    """Steps of three leases and two workers; in every other round the one at work is stopped for two leases.
+
+    On one machine a lock keeps the second worker waiting; these do without it, to meet the fence behind it.
+    """
+    home, rounds, stolen = trial.folder / "home", trial.times(2, 50), 0
+    settings = Settings(
+        home=home, lease_s=1.5, max_deliveries=100, max_answer_tokens=4, learner="random"
+    )  # always a signal
+    settings = settings.model_copy(update={"queries_per_step": BATCH, "steps_per_candidate": 1, "flush_s": 0.0})
+    store, valkey = AdapterStore(home / "store"), EmbeddedValkey.start(home, 10**9)
+    start = multiprocessing.get_context("spawn").Process
+    workers = [start(target=_dawdle, args=(settings, valkey.url), daemon=True) for _ in range(2)]
+    try:
+        for worker in workers:
+            worker.start()
+        for number in range(rounds):
+            eventually(lambda: store.live().generation > 0)
+            store.set_paused(True)  # so that one worker takes all of them
+            time.sleep(2 * POLL_S)
+            asyncio.run(_put(settings, valkey.url, [BATCH * number + each for each in range(BATCH)]))
+            store.set_paused(False)
+            stolen += _one_round(settings, valkey.url, stopped=number % 2 == 1)
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+        valkey.stop()
+    counts, kept = _left(home)
+    commits = Counter(query_id for made in store.promoted() for query_id in store.manifest(made).query_ids)
+    twice = sum(count > 1 for count in commits.values())
+    settled = counts["acked"] == BATCH * rounds == sum(counts.get(name, 0) for name in OUTCOMES)
+    figure = f"{twice} of {len(commits)} committed twice, {stolen} taken from a live worker, ledger {counts}"
+    return Found(twice + stolen == 0 and settled and not kept and bool(commits), figure)
+
+
+def _dawdle(settings: Settings, url: str) -> None:
+    """A worker whose steps take three leases more than they would; it says from when on a turn has work."""
+    policy = load_policy(settings, SLOTS, 1)
+    store, mark = open_store(settings, policy), settings.path(f"{AT_WORK}{os.getpid()}")
+    with closing(QueryStream.connect(settings, url, "worker")) as stream:
+        worker = Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
+        step, turn = worker.learner.step, worker.turn
+
+        def slowly(queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
+            mark.touch()
+            time.sleep(3 * settings.lease_s)
+            return step(queries)
+
+        def marked() -> None:
+            turn()
+            mark.unlink(missing_ok=True)
+
+        worker.learner.step, worker.turn = slowly, marked  # type: ignore[method-assign]
+        worker.run(threading.Event())
+
+
+async def _put(settings: Settings, url: str, numbers: list[int]) -> None:
+    buffer = QueryBuffer.connect(settings, url)
+    for number in numbers:
+        await buffer.put(Query(f"q{number}", (picture(number),), "what is this?", tuple(LABELS)), "somebody")
+    await buffer.close()
+
+
+def _one_round(settings: Settings, url: str, stopped: bool) -> int:
+    """Until all that waits is settled; how many queries changed hands although nobody had stopped."""
+    eventually(lambda: bool(_at_work(settings)), 60)
+    if stopped:
+        [victim, *_] = _at_work(settings)
+        os.kill(victim, signal.SIGSTOP)
+        time.sleep(2 * settings.lease_s)
+        os.kill(victim, signal.SIGCONT)
+    again: set[str] = set()
+    with redis.Redis.from_url(url, decode_responses=True) as client:
+
+        def settled() -> bool:
+            for lease in client.xpending_range(STREAM, "workers", "-", "+", 100):  # type: ignore[union-attr]
+                if lease["times_delivered"] > 1:
+                    again.add(lease["message_id"])
+            return client.xlen(STREAM) == 0
+
+        eventually(settled, 20 * settings.lease_s)
+    eventually(lambda: not _at_work(settings), 20 * settings.lease_s)  # also who is late has come to an end
+    return 0 if stopped else len(again)
+
+
+def _at_work(settings: Settings) -> list[int]:
+    return [int(path.name.removeprefix(AT_WORK)) for path in settings.home.glob(f"{AT_WORK}*")]
 
 
 @promise("R5", "poison is set aside, and takes no other query with it")

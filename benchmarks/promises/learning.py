@@ -4,27 +4,51 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
+import math
+import random
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
+from statistics import fmean
 
 import torch
 from PIL import Image
+from torch import Tensor
 
+from benchmarks.formulas import AGGREGATIONS, Case, make_case, ours, theirs
 from benchmarks.gate import drill
 from benchmarks.promises.delivery import QUICK, Asked
-from benchmarks.promises.product import LABELS, Product, picture
+from benchmarks.promises.product import IMAGES, LABELS, Product, eventually, picture
 from benchmarks.promises.rows import Found, Trial, promise
+from servetune import Client
 from servetune.adapters.family import Family
+from servetune.adapters.gate import Limits
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query
 from servetune.adapters.versions import Draft
+from servetune.evals.data import Item, Split
+from servetune.evals.protocol import Scorer
+from servetune.evals.protocol import run as evaluate
+from servetune.evals.streams import SEVERITY
+from servetune.evals.views import CORRUPTIONS
+from servetune.server.buffer import Delivery
 from servetune.server.lockstep import ListStream, list_worker, lock_step
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
 from servetune.server.worker import SLOTS
+
+CLIENTS = {name: f"stu_{name}.{'k' * 43}" for name in ("attacker", "others")}
+SHARE = 0.5  # of the buffer for each of them
+WINDOW = 500
+REPLAY = 16  # of the gate
+MEASURED = ("version", "parent", "base")
+SLACK = 0.01  # the gate scores only labels that matter
 
 
 @promise("P2", "the gate works")
@@ -97,6 +121,100 @@ def _nothing(policy: Policy, trial: Trial) -> Iterator[list[Query]]:
         yield [Query(f"q{batch}-{n}", (one,), question, tuple(LABELS)) for n, one in enumerate(pictures)]
 
 
+@promise("P1", "a hostile client cannot hurt others much, nor crowd them out")
+def a_hostile_client_cannot_hurt(trial: Trial) -> Found:
+    """Half of what is asked is one client's: one object over and over, and the same image again.
+
+    The table wants him in at most a tenth of any batch. The product caps what a client may have in the buffer
+    (`buffer_client_share`), not in a batch: it is that cap which is checked. Batches are in the order of asking.
+    """
+    num, canaries = trial.times(24, 1000), [2 * n + 1 for n in range(trial.times(60, 163))]
+    settings = QUICK | {"buffer_client_share": SHARE, "buffer_queries": 2 * num, "queries_per_step": 8}
+    settings |= {"api_keys": json.dumps(list(CLIENTS.values()))}
+    with Product(trial.folder / "home", **settings) as product, product.client() as admin:
+        clients = {name: Client(product.url, api_key=key) for name, key in CLIENTS.items()}
+        admin.adaptation.pause()
+        kept: Counter[str] = Counter()
+        for number in range(num):
+            kept["others"] += _is_kept(clients["others"], picture(2 * number))
+        for number in range(2 * num):  # more than his share, a third of it sent before
+            again = number - number % 3 if number % 3 == 1 else number
+            kept["attacker"] += _is_kept(clients["attacker"], picture(len(IMAGES) * again))
+        admin.adaptation.resume()
+        with suppress(TimeoutError):  # what is not settled has taught nothing
+            eventually(lambda: _is_settled(admin), 60 if trial.short else 3600)
+        right = {choice: _num_right(clients["others"], canaries, choice) for choice in ("base", "live")}
+        versions = AdapterStore(product.home / "store").live().version
+        for client in clients.values():
+            client.close()
+    drop = 100 * (right["base"] - right["live"]) / len(canaries)
+    cap = SHARE * 2 * num
+    figure = f"canaries {right['base']} -> {right['live']} of {len(canaries)} right at v{versions:04d}, "
+    figure += (
+        f"{kept['attacker']} of the attacker's kept (at most {cap:.0f}), {kept['others']} of {num} of the others'"
+    )
+    return Found(drop <= 2 and kept["attacker"] <= cap and kept["others"] == num, figure)
+
+
+def _is_kept(client: Client, image: Image.Image) -> bool:
+    return client.recognize(image, LABELS).adaptation.status == "queued"
+
+
+def _is_settled(client: Client) -> bool:
+    status = client.adaptation.status()
+    return status.buffer.waiting + status.buffer.pending == 0 and status.lag_versions == 0
+
+
+def _num_right(client: Client, numbers: list[int], choice: str) -> int:
+    """How many pictures are named right among all names."""
+    names = [path.stem.replace("-", " ") for path in IMAGES]
+    answers = [client.recognize(picture(number), names[:200], adapter=choice, adapt=False) for number in numbers]
+    return sum(
+        answer.answer == names[number % len(names)] for answer, number in zip(answers, numbers, strict=True)
+    )
+
+
+@promise("P5", "long streams end no worse than frozen")
+def long_streams_end_no_worse(trial: Trial) -> Found:
+    """A stream that drifts from one corruption to the next and back, learned from in lock step, frozen beside."""
+    runs = trial.times(1, 5)
+    told = []
+    with contextlib.redirect_stdout(io.StringIO()):
+        settings = Settings(home=trial.folder, worker_threads=1)
+        policy = load_policy(settings, SLOTS, 1)
+        scorer = Scorer(policy, settings.max_answer_tokens, policy.family.recognition_question)
+        for number in range(runs):
+            items = list(_drifting(trial.times(96, 10_000), random.Random(trial.seed + number)))
+            chosen = settings.model_copy(update={"seed": trial.seed + number})
+            made = evaluate(policy, chosen, Split(items, []), (), scorer)
+            told.append((_mean(made.right), _worst(made.right), made.published))
+    good = all(gain >= 0 and worst >= -0.02 for gain, worst, _ in told)
+    means, windows = (", ".join(f"{each[index]:+.3f}" for each in told) for index in (0, 1))
+    figure = f"mean {means}, worst window {windows} against frozen, {sum(each[2] for each in told)} versions"
+    return Found(good and all(each[2] for each in told), figure)
+
+
+def _drifting(num: int, dice: random.Random) -> Iterator[Item]:
+    """Pictures under one corruption after the other, eight times in all, as strong as in `evals.streams`."""
+    kinds = list(SEVERITY) * 2
+    for index in range(num):
+        kind, place = kinds[index * len(kinds) // num], dice.randrange(len(LABELS))
+        number = 16 * place + len(IMAGES) * dice.randrange(1000)
+        image = CORRUPTIONS[kind](picture(number), SEVERITY[kind], dice)
+        name = f"{index}-{kind}"
+        yield Item(name, name, partial(Image.Image.copy, image), "", LABELS[place], tuple(LABELS))
+
+
+def _mean(right: Sequence[tuple[bool, bool]]) -> float:
+    return fmean(adapted - frozen for frozen, adapted in right)
+
+
+def _worst(right: Sequence[tuple[bool, bool]]) -> float:
+    """The least of `_mean` over windows; of a short stream, over the whole."""
+    width = min(WINDOW, len(right))
+    return min(_mean(right[start : start + width]) for start in range(len(right) - width + 1))
+
+
 @promise("P7", "no signal, no change")
 def no_signal_no_change(trial: Trial) -> Found:
     """Answers that all agree, an empty batch, images that are all alike: not a byte of the weights moves."""
@@ -140,3 +258,130 @@ def again_buys_nothing(trial: Trial) -> Found:
             image.save(file, "JPEG", quality=quality)
             near += client.recognize(file.getvalue(), LABELS).adaptation.status == "queued"
     return Found(kept <= 1, f"{kept} of {times} equal ones kept; {near} of 3 near-copies kept")
+
+
+@promise("P9", "the loss is right")
+def the_loss_is_right(trial: Trial) -> Found:
+    """Advantages, loss and gradient of random groups against TRL's formulas in float64 and autograd.
+
+    In float32 groups of equal rewards are left out: rounding over epsilon is all there is, and nothing is learned
+    from them (P7).
+    """
+    groups, worst = trial.times(100, 500), dict.fromkeys((torch.float64, torch.float32), 0.0)
+    for number in range(groups):
+        case = make_case(10_000 * trial.seed + number)
+        for precision in worst:
+            if precision == torch.float64 or len(case.rewards.unique()) > 1:
+                worst[precision] = max(worst[precision], _difference(case.to(precision)))
+    good = worst[torch.float64] <= 1e-8 and worst[torch.float32] <= 1e-5
+    figure = ", ".join(f"{value:.1e} in {str(name).removeprefix('torch.')}" for name, value in worst.items())
+    return Found(good, f"largest difference in {groups} groups {figure}")
+
+
+def _difference(case: Case) -> float:
+    """The largest in any value of ours, over all ways to weigh tokens, scaled by the deviation and not."""
+    found = [0.0]
+    for aggregation in AGGREGATIONS:
+        for scale in (True, False):
+            advantage, *others = ours(case, scale, aggregation)
+            pairs = zip(
+                (advantage[case.rows], *others), theirs(case.to(torch.float64), scale, aggregation), strict=True
+            )
+            found += [float((one - other).abs().max()) for one, other in pairs]
+    return max(found)
+
+
+class _Recorded(ListStream):
+    """A buffer that remembers what was taken from it, in this order: the last of it is the gate's replay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[Query] = []
+
+    def take(self, limit: int, block_s: float) -> list[Delivery]:
+        batch = super().take(limit, block_s)
+        self.taken += [delivery.query for delivery in batch]
+        return batch
+
+
+@dataclass(slots=True)
+class _Moved:
+    """How far the versions of some runs have moved, as shares of what they might have."""
+
+    step: list[float] = field(default_factory=list)
+    base: list[float] = field(default_factory=list)
+    refused: int = 0
+
+
+@promise("P6", "budgets bind")
+def budgets_bind(trial: Trial) -> Found:
+    """Learners of several kinds, many in too great a hurry; what they publish is read back and measured again.
+
+    Two caps are wider than a bare number, as `Gate.judge` has them: a candidate that waited moves as far as those
+    that could have been judged meanwhile, and away from the base also by what the witnesses' votes account for.
+    """
+    runs, moved, dice = trial.times(3, 500), _Moved(), trial.dice
+    policy = load_policy(Settings(home=trial.folder), (*SLOTS, *MEASURED), 1)
+    for number in range(runs):
+        settings = Settings(
+            home=trial.folder / str(number),
+            learner=dice.choice(("default", "frequency", "ttrv", "majority")),  # type: ignore[arg-type]
+            learning_rate=10 ** dice.uniform(-2, -0.7),
+            steps_per_candidate=dice.randint(1, 3),
+            queries_per_step=8,
+            num_rollouts=8,
+            max_answer_tokens=8,
+            seed=number,
+        )
+        _one_run(policy, settings, dice.randrange(10_000), moved)
+    versions = len(moved.step)
+    wrong = sum(max(pair) > 1 + SLACK for pair in zip(moved.step, moved.base, strict=True))
+    most = f"at most {max(moved.step, default=0):.2f} and {max(moved.base, default=0):.2f} of the caps"
+    figure = f"{wrong} of {versions} versions of {runs} runs too far, {most}, {moved.refused} candidates refused"
+    return Found(wrong == 0 and versions >= runs / 2, figure)
+
+
+def _one_run(policy: Policy, settings: Settings, first: int, moved: _Moved) -> None:
+    store, stream = open_store(settings, policy), _Recorded()
+    worker = list_worker(settings, policy, store, stream)
+    seen = store.live().version
+    batches = ([_named(policy, first + 8 * batch + n) for n in range(8)] for batch in range(4))
+    for _ in lock_step(worker, stream, batches):
+        if (live := store.live().version) not in (seen, 0) and store.manifest(live).parent == seen:
+            _measure(policy, store, live, stream.taken[-REPLAY:], settings.steps_per_candidate, moved)
+        seen = live
+    moved.refused += sum(not verdict["accepted"] for verdict in stream.verdicts)
+
+
+def _named(policy: Policy, number: int) -> Query:
+    return Query(f"q{number}", (picture(number),), policy.family.recognition_question, tuple(LABELS))
+
+
+def _measure(
+    policy: Policy, store: AdapterStore, version: int, replay: list[Query], pace: int, moved: _Moved
+) -> None:
+    """Enter how far a version went from what it came from and from the base, in the mean over the replay."""
+    made, limits = store.manifest(version), Limits()
+    assert made.gate
+    assert made.step_range
+    assert made.parent is not None
+    for slot, number in zip(MEASURED, (version, made.parent, 0), strict=True):
+        policy.load(slot, store.weights(number))
+    after, before, base = (_shares(policy, slot, replay) for slot in MEASURED)
+    spans = math.ceil((made.step_range[1] - made.step_range[0] + 1) / pace)
+    vouched = max(0.0, made.gate["metrics"].get("witness_base", 0.0))
+    moved.step.append(_kl(after, before) / (spans * limits.max_kl_step))
+    moved.base.append(_kl(after, base) / (limits.max_kl_base + vouched))
+
+
+@torch.no_grad()
+def _shares(policy: Policy, slot: str, queries: list[Query]) -> Tensor:
+    """(B, L) log-probabilities of the labels among themselves, every one of them scored."""
+    policy.use(slot)
+    tokens = [policy.family.tokens(label) for label in LABELS]
+    scored = policy.score_each(policy.observe_each(queries), [tokens] * len(queries))
+    return torch.stack(list(scored)).double().log_softmax(-1)
+
+
+def _kl(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours.exp() * (ours - theirs)).sum(-1).mean())

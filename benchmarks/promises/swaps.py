@@ -4,18 +4,43 @@ from __future__ import annotations
 
 import asyncio
 import math
+import threading
 from collections import Counter
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from itertools import pairwise
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from concurrent.futures import CancelledError, Future
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from hypothesis.strategies import integers
 
 from benchmarks.promises.rows import Found, Trial, promise
-from benchmarks.swap import GREEDY, check_that_versions_differ, probes, publish, same, swap, swap_under_load
+from benchmarks.swap import (
+    GREEDY,
+    check_that_versions_differ,
+    grow,
+    probes,
+    publish,
+    same,
+    swap,
+    swap_and_wait,
+    swap_under_load,
+    watched,
+)
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.types import Sampling
+from servetune.adapters.types import BASE, Sampling
 from servetune.adapters.versions import Draft
 from servetune.server.engine import SLOTS, Engine, Outcome
 from servetune.server.model import load_policy, open_store
@@ -23,16 +48,17 @@ from servetune.server.settings import Settings
 
 VERSIONS = 4  # more than there are slots
 NATS = 0.01  # batches of other sizes round differently
+T = TypeVar("T")
 Parts = tuple[Engine, Policy, AdapterStore]
 
 
 @asynccontextmanager
-async def engine(trial: Trial, **settings: object) -> AsyncIterator[Parts]:
+async def engine(trial: Trial, **chosen: object) -> AsyncIterator[Parts]:
     """An engine on nano whose versions are swapped by hand."""
-    chosen = Settings(home=trial.folder, serve_threads=1, swap_poll_s=3600, **settings)  # type: ignore[arg-type]
-    policy = load_policy(chosen, SLOTS, 1)
-    store = open_store(chosen, policy)
-    made = Engine(policy, store, chosen)
+    whole = Settings(home=trial.folder, serve_threads=1, swap_poll_s=3600, **chosen)  # type: ignore[arg-type]
+    policy = load_policy(whole, SLOTS, 1)
+    store = open_store(whole, policy)
+    made = Engine(policy, store, whole)
     await made.start()
     try:
         yield made, policy, store
@@ -101,6 +127,215 @@ def one_version_per_generation(trial: Trial) -> Found:
 def _nats(answer: Outcome) -> float:
     """How unlikely a whole answer is; every token's share of it depends on the weights."""
     return -math.log(answer.confidence or 1e-300)
+
+
+@promise("S3", "swaps cost little", timed=True)
+def swaps_cost_little(trial: Trial) -> Found:
+    """A version a second against none, by turns; and how long a swap as such holds the engine's thread."""
+    rounds, seconds = trial.times(2, 5), 4.0 if trial.short else 10.0
+
+    async def measure() -> tuple[float, float]:
+        async with engine(trial) as (made, policy, store):
+            versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
+            await swap(made, store, versions[0])
+            stalls, _ = watched(made)
+            ratio = await swap_and_wait(made, store, versions, 8, rounds, seconds)
+            return ratio, 1e3 * max(stalls, default=0.0)
+
+    ratio, stall_ms = asyncio.run(measure())
+    return Found(ratio <= 1.15 and stall_ms <= 10, f"p99 {ratio:.2f} times, longest stall {stall_ms:.2f} ms")
+
+
+@promise("S4", "nothing grows with the number of swaps")
+def nothing_grows(trial: Trial) -> Found:
+    """Memory, open files and resident sets of weights over swap after swap, after some to warm up."""
+    warm_up, swaps = trial.times(100, 200), trial.times(500, 5000)
+
+    async def measure() -> tuple[float, int, int]:
+        async with engine(trial) as (made, policy, store):
+            versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
+            await grow(made, store, versions, warm_up)
+            files = _open_files()
+            slope_kb = await grow(made, store, versions, swaps)
+            return slope_kb, _open_files() - files, len(made.residency()[0]) - 1
+
+    slope_kb, files, resident = asyncio.run(measure())
+    figure = (
+        f"{slope_kb:.2f} kB a swap over {swaps}, {files:+} open files, {resident} sets of weights beside the base"
+    )
+    return Found(slope_kb <= 2 and files <= 0 and resident <= len(SLOTS), figure)
+
+
+def _open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+@promise("S5", "there is no deadlock, and the server serves what the store says")
+def no_deadlock(trial: Trial) -> Found:
+    """A random operator and random clients (a hypothesis state machine), with a watchdog on every act."""
+    examples, length = trial.times(5, 200), 50
+    rules = settings(max_examples=examples, stateful_step_count=length, deadline=None, database=None)
+    rules = settings(rules, phases=[Phase.generate], suppress_health_check=list(HealthCheck), print_blob=False)
+    with Stand.of(trial) as stand:
+
+        @seed(trial.seed)
+        class Operating(Operated):
+            on = stand
+
+        try:
+            run_state_machine_as_test(Operating, settings=rules)
+        except Exception:
+            if not stand.stuck and not stand.wrong:
+                raise
+    figure = (
+        f"{stand.stuck} watchdog hits, {len(stand.wrong)} disagreements in {stand.steps} steps {stand.wrong[:1]}"
+    )
+    return Found(not stand.stuck and not stand.wrong and stand.steps >= examples * length / 2, figure)
+
+
+class Stand:
+    """An engine on a loop and a thread of its own, and what its versions must answer."""
+
+    def __init__(self, made: Parts, loop: asyncio.AbstractEventLoop, patience_s: float) -> None:
+        self.engine, self._policy, self.store = made
+        self._loop, self._patience_s = loop, patience_s
+        self._settings = self.engine._settings
+        self.stuck = self.steps = 0
+        self.wrong: list[str] = []
+        self.labels = count()
+        versions = [BASE, *(publish(self._policy, self.store, seed) for seed in range(VERSIONS))]
+        self.kinds = {version: version for version in versions}  # whose weights a version has
+        self.answers = {version: self.do(self.answer(f"v{version:04d}")) for version in versions}
+        check_that_versions_differ({version: [answer] for version, answer in self.answers.items()})
+
+    @classmethod
+    @contextmanager
+    def of(cls, trial: Trial) -> Iterator[Stand]:
+        """One for a trial; what is stuck when it ends is left to the process."""
+        loop, patience_s = asyncio.new_event_loop(), 5.0 if trial.broken else 30.0
+        threading.Thread(target=loop.run_forever, daemon=True).start()
+        parts = engine(trial)
+        stand = cls(asyncio.run_coroutine_threadsafe(parts.__aenter__(), loop).result(), loop, patience_s)
+        try:
+            yield stand
+        finally:
+            with suppress(TimeoutError):
+                stand.do(stand.engine.stop())
+            loop.call_soon_threadsafe(loop.stop)
+
+    def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        return asyncio.run_coroutine_threadsafe(work, self._loop)
+
+    def do(self, work: Coroutine[Any, Any, T]) -> T:
+        """Raises TimeoutError, and counts it, where the watchdog bites."""
+        return self.end(self.start(work))
+
+    def end(self, future: Future[T]) -> T:
+        try:
+            return future.result(self._patience_s)
+        except TimeoutError:
+            self.stuck += 1
+            raise
+
+    def expect(self, is_so: bool, text: str) -> None:
+        if not is_so:
+            self.wrong.append(text)
+            raise AssertionError(text)
+
+    async def answer(self, choice: str = "live", num: int = 1) -> Outcome:
+        return await self.engine.answer(probes()[0], replace(GREEDY, n=num), choice)
+
+    async def follow(self, version: int) -> None:
+        """Until the engine serves it: where all slots are leased, that takes a while."""
+        while await self.engine.refresh() != version:
+            await asyncio.sleep(0.001)
+
+    async def restart(self) -> None:
+        await self.engine.stop()
+        self.engine = Engine(self._policy, self.store, self._settings)
+        await self.engine.start()
+
+    def check(self, answer: Outcome) -> None:
+        """It is what its version answers, whatever went on meanwhile."""
+        expected = self.answers[self.kinds[answer.version]]
+        self.expect(same(answer, expected), f"v{answer.version:04d} does not answer as it must")
+
+
+class Operated(RuleBasedStateMachine):
+    """What an operator and clients may do at any time; `live` and `last_good` are the model."""
+
+    on: ClassVar[Stand]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running: list[Future[Outcome]] = []
+        self.live, self.last_good = (self.on.store.aliases()[name] for name in ("live", "last-good"))
+
+    @rule(number=integers(0, VERSIONS))
+    def swap(self, number: int) -> None:
+        self._moved(self.on.store.promote(list(self.on.kinds)[number]).version)
+
+    @rule()
+    def roll_back(self) -> None:
+        self.live = self.on.store.rollback().version
+        self.on.expect(self.live == self.last_good, "rollback goes to another version than the last good one")
+
+    @rule()
+    def reset(self) -> None:
+        made = self.on.store.reset().version
+        self.on.kinds[made] = BASE
+        self._moved(made)
+
+    @rule()
+    def snapshot(self) -> None:
+        made = self.on.store.snapshot(f"kept-{next(self.on.labels)}").version
+        self.on.kinds[made] = self.on.kinds[self.live]
+
+    @rule(num=integers(1, 16))
+    def answer(self, num: int) -> None:
+        made = self.on.do(self.on.answer(num=num))
+        self.on.expect(made.version == self.live, "another version answers than is live")
+        if num == 1:
+            self.on.check(made)
+
+    @rule(clients=integers(1, 4))
+    def ask(self, clients: int) -> None:
+        self.running += [self.on.start(self.on.answer()) for _ in range(clients)]
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def cancel(self) -> None:
+        self.running.pop().cancel()
+
+    @precondition(lambda self: self.running)
+    @rule()
+    def wait(self) -> None:
+        while self.running:
+            self.on.check(self.on.end(self.running.pop()))
+
+    @rule()
+    def restart(self) -> None:
+        self.on.do(self.on.restart())
+        while self.running:  # with an answer or without, everybody hears the end of it
+            with suppress(CancelledError, RuntimeError):
+                self.on.end(self.running.pop())
+
+    @invariant()
+    def they_agree(self) -> None:
+        self.on.steps += 1
+        aliases = self.on.store.aliases()
+        self.on.expect(
+            (aliases["live"], aliases["last-good"]) == (self.live, self.last_good), f"aliases {aliases}"
+        )
+        self.on.do(self.on.follow(self.live))
+
+    def teardown(self) -> None:
+        if not self.on.stuck and not self.on.wrong:
+            self.wait()
+
+    def _moved(self, version: int) -> None:
+        if version != self.live:
+            self.live, self.last_good = version, self.live
 
 
 @promise("S6", "no cache is stale")

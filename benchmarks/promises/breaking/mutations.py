@@ -14,6 +14,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -242,6 +243,38 @@ def _one_slot_for_all(free_slot: Any) -> Any:
     return lambda self: "slot0"
 
 
+def _loads_between_answers(loaded: Any) -> Any:
+    """On the engine's thread, from a disk that takes its time."""
+
+    async def load(self: Any, version: int) -> Any:
+        await self._run(lambda: time.sleep(0.05))
+        return await loaded(self, version)
+
+    return load
+
+
+def _forgets_every_third(release: Any) -> Any:
+    numbers = count(1)
+
+    def some(self: Any, version: int) -> None:
+        if next(numbers) % 3:
+            release(self, version)
+        else:
+            self._waiting -= 1  # and keeps the lease
+
+    return some
+
+
+def _keeps_what_it_read(weights: Any) -> Any:
+    kept = []
+
+    def read(self: Any, version: int) -> Any:
+        kept.append(weights(self, version))
+        return kept[-1]
+
+    return read
+
+
 def _without_version(begin_each: Any) -> Any:
     return lambda self, seen, versions=None, cache=None, slots=None: begin_each(
         self, seen, versions and ["any"] * len(versions), cache, slots
@@ -370,6 +403,21 @@ def _takes_all(enqueue: Any) -> Any:
     return taking
 
 
+def _shares_nothing_out(enqueue: Any) -> Any:
+    def taking(self: Any, *args: Any) -> Any:
+        self._settings = self._settings.model_copy(update={"buffer_client_share": 1.0})
+        return enqueue(self, *args)
+
+    return taking
+
+
+def _in_a_hurry(learner_config: Any) -> Any:
+    def hasty(settings: Any) -> Any:
+        return learner_config(settings.model_copy(update={"learning_rate": 0.3}))
+
+    return hasty
+
+
 def _compares_letter_by_letter(identify: Any) -> Any:
     def compare(self: Any, authorization: str) -> Any:
         key = authorization.partition(" ")[2]
@@ -460,6 +508,42 @@ def _on_the_loop(decode: Any) -> Any:
     return decoding
 
 
+def _believes_to_hold_all(renew: Any) -> Any:
+    return lambda self, deliveries: [renew(self, deliveries), list(deliveries)][1]
+
+
+def _biased(advantages: Any) -> Any:
+    """The variance of the group in place of the unbiased one."""
+    return lambda rewards, weights, num=None, *rest: advantages(rewards, weights, None, *rest)
+
+
+def _admits_all(admitted: Any) -> Any:
+    return lambda self: contextlib.nullcontext()
+
+
+def _pushes_in(yield_to_serving: Any) -> Any:
+    def pushing() -> None:
+        with contextlib.suppress(OSError):
+            os.nice(-10)
+
+    return pushing
+
+
+def _with_more_threads(load_policy: Any) -> Any:
+    def load(settings: Any, slots: Any, threads: int, stays: bool = False) -> Any:
+        return load_policy(settings, slots, 4 if "candidate" in slots else threads, stays)
+
+    return load
+
+
+def _leaves_a_file_open(answer: Any) -> Any:
+    async def leaving(self: Any, *args: Any) -> Any:
+        os.open(os.devnull, os.O_RDONLY)
+        return await answer(self, *args)
+
+    return leaving
+
+
 def _anybody(authorize: Any) -> Any:
     def welcome(self: Any, authorization: Any, scope: Any) -> Any:
         from servetune.server.access import Principal
@@ -480,11 +564,15 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "A1": [Mutation("benchmarks.promises.artifacts", "sources", _with_a_pickle)],
     "A2": [Mutation("servetune.adapters.store", "AdapterStore.__init__", _opens_whatever_is_named)],
     "A3": [Mutation("servetune.adapters.store", "AdapterStore._place", _in_place)],
+    "A4": [Mutation("servetune.server.worker", "RETRY_S", constant(3600.0))],
     "A5": [Mutation("servetune.adapters.store", "AdapterStore._verified", _unverified)],
     "A6": [Mutation("servetune.adapters.policy", "Policy.check", always(None))],
     "A7": [Mutation("servetune.adapters.store", "AdapterStore.reset", _to_where_it_is)],
     "S1": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
     "S2": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
+    "S3": [Mutation("servetune.server.engine", "Engine._loaded", _loads_between_answers)],
+    "S4": [Mutation("servetune.adapters.store", "AdapterStore.weights", _keeps_what_it_read)],
+    "S5": [Mutation("servetune.server.engine", "Engine._release", _forgets_every_third)],
     "S6": [Mutation("servetune.adapters.policy", "Policy.begin_each", _without_version)],
     "S7": [Mutation("servetune.server.engine", "Engine._load", _as_far_as_it_fits)],
     "I1": [Mutation("servetune.server.images", "ImageReader.read", _raising)],
@@ -503,11 +591,24 @@ MUTATIONS: dict[str, list[Mutation]] = {
         Mutation("servetune.adapters.store", "AdapterStore._tensors", _whatever_it_is),
     ],
     "I10": [Mutation("servetune.server.description", "_EVERYWHERE", constant(()))],
+    "P1": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _shares_nothing_out)],
     "P2": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P3": [Mutation("servetune.server.worker", "Worker._review", always(None))],
     "P4": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
+    "P5": [
+        Mutation("servetune.adapters.gate", "Gate.judge", _accepts),
+        Mutation("servetune.server.worker", "learner_config", _in_a_hurry),
+    ],
+    "P6": [Mutation("servetune.adapters.gate", "Gate.judge", _accepts)],
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
+    "P9": [Mutation("servetune.adapters.grpo", "advantages", _biased)],
+    "O1": [Mutation("servetune.server.service", "AnswerService._admitted", _admits_all)],
+    "O5": [
+        Mutation("servetune.server.worker", "yield_to_serving", _pushes_in),
+        Mutation("servetune.server.model", "load_policy", _with_more_threads),
+    ],
+    "O7": [Mutation("servetune.server.service", "AnswerService.answer", _leaves_a_file_open)],
     "T1": [Mutation("servetune.server.access", "Access.authorize", _anybody)],
     "T6": [
         Mutation("servetune.server.service", "_why_not_kept", _keeps_what_was_opted_out),
@@ -520,6 +621,10 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "R1": [Mutation("servetune.server.valkey", "EmbeddedValkey._options", _forgetful)],
     "R2": [Mutation("servetune.server.buffer", "QueryStream.settle", _uncounted)],
     "R3": [Mutation("servetune.adapters.store", "AdapterStore.learned_from", always(set()))],
+    "R4": [
+        Mutation("servetune.server.buffer", "QueryStream.renew", _believes_to_hold_all),
+        Mutation("servetune.adapters.store", "AdapterStore._expect", always(None)),
+    ],
     "R5": [Mutation("servetune.server.buffer", "QueryStream.take", _unlimited)],
     "R6": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _takes_all)],
     "R7": [Mutation("servetune.server.service", "Keeping.settle", _patient)],
