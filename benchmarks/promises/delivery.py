@@ -236,7 +236,7 @@ def live_work_is_not_stolen(trial: Trial) -> Found:
             worker.kill()
             worker.join()
         valkey.stop()
-    counts, kept = _left(home)
+    counts, kept = left(home)
     commits = Counter(query_id for made in store.promoted() for query_id in store.manifest(made).query_ids)
     twice = sum(count > 1 for count in commits.values())
     settled = counts["acked"] == BATCH * rounds == sum(counts.get(name, 0) for name in OUTCOMES)
