@@ -334,14 +334,17 @@ def _ask_everything(product: Product) -> dict[str, float]:
 
     def ask(method: str, path: str, body: Any) -> None:
         began = time.monotonic()
-        headers = {"Authorization": f"Bearer {key}"}
         with suppress(httpx2.TimeoutException):
-            httpx2.request(method, product.url + path, json=body, headers=headers, timeout=3 * DEADLINE_S)
+            http.request(method, path, json=body)
         name = f"{method} {path}"
         spent[name] = max(spent.get(name, 0), time.monotonic() - began)
 
-    with ThreadPoolExecutor(32) as pool:
-        list(pool.map(lambda each: ask(*each), _requests()))
+    asked, headers = list(_requests()), {"Authorization": f"Bearer {key}"}
+    with (
+        httpx2.Client(base_url=product.url, headers=headers, timeout=3 * DEADLINE_S) as http,
+        ThreadPoolExecutor(len(asked)) as pool,
+    ):
+        list(pool.map(lambda each: ask(*each), asked))
     return spent
 
 
