@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import structlog
@@ -107,15 +108,16 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
         access_log=False,
         timeout_graceful_shutdown=25,
     )
-    server = _Server(config)
     beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
+    server = _Server(config, beside)
     announce = asyncio.create_task(_announce(server, settings))
     try:
         await server.serve()
     finally:
         for task in (announce, beside):
             if task:
-                task.cancel()
+                if not task.cancelling():  # the signal may have begun it: it is to end its worker in peace
+                    task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
     return engine.stands_still
@@ -128,9 +130,15 @@ class _Server(uvicorn.Server):
     Valkey are stopped.
     """
 
-    def __init__(self, config: uvicorn.Config) -> None:
+    def __init__(self, config: uvicorn.Config, beside: asyncio.Task[None] | None) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
+        self._beside = beside
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._beside and not self.should_exit:
+            self._beside.cancel()  # now: the worker may need a while, and so may the last answers
+        super().handle_exit(sig, frame)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

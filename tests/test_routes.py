@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from servetune.adapters.versions import CorruptVersion
 from servetune.clients.types import Answer, Problem
-from servetune.server import middleware
+from servetune.server import idempotency, middleware
 from servetune.server.engine import QueueFull
 from servetune.server.errors import PROBLEMS
 from servetune.server.idempotency import Replies, Reply
@@ -489,7 +489,11 @@ async def test_a_key_that_asks_too_often_is_told_when_to_ask_again(tmp_path: Pat
     assert len(world.engine.asked) == 3
 
 
-async def test_the_same_request_is_answered_once(world: World) -> None:
+@pytest.mark.parametrize("large", [1, 1_000_000])
+async def test_the_same_request_is_answered_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, large: int
+) -> None:
+    monkeypatch.setattr(idempotency, "LARGE", large)
     world.client.headers["Idempotency-Key"] = "one"
     first, again = await world.ask(), await world.ask()
     assert again.content == first.content

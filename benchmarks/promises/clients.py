@@ -103,7 +103,7 @@ def _golden() -> Iterator[tuple[str, bytes, Image.Image]]:
     yield "two colours", encoded(two, "PNG"), two.convert("RGB")
     grey = upright.convert("L")
     deep = Image.new("I;16", grey.size)
-    deep.putdata([value * 257 for value in grey.getdata()])
+    deep.putdata([value * 257 for value in grey.tobytes()])
     yield "16 bits", encoded(deep, "PNG"), grey.convert("RGB")
     mask = Image.new("L", upright.size)
     mask.paste(255, (20, 10, 60, 50))

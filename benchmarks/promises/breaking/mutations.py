@@ -633,7 +633,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "K1": [Mutation("servetune.clients.session", "Session._request", _another_key_each_time)],
     "T2": [Mutation("servetune.server.idempotency", "_slot", _whoever_sends_it)],
     "O2": [Mutation("servetune.server.routes", "while_connected", _whoever_has_left)],
-    "O3": [Mutation("uvicorn.server", "Server.handle_exit", _in_a_while)],
+    "O3": [Mutation("servetune.server.main", "_Server.handle_exit", _in_a_while)],
     "O4": [Mutation("servetune.adapters.store", "lock", _waits_for_ever)],
     "O6": [Mutation("servetune.server.decoders", "Decoders.decode", _on_the_loop)],
 }
