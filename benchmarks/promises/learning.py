@@ -44,7 +44,7 @@ from servetune.server.settings import Settings
 from servetune.server.worker import SLOTS
 
 CLIENTS = {name: f"stu_{name}.{'k' * 43}" for name in ("attacker", "others")}
-SHARE = 0.5  # of the buffer for each of them
+SHARE = 0.25  # of the buffer for each of them
 WINDOW = 500
 REPLAY = 16  # of the gate
 MEASURED = ("version", "parent", "base")
@@ -128,8 +128,8 @@ def a_hostile_client_cannot_hurt(trial: Trial) -> Found:
     The table wants him in at most a tenth of any batch. The product caps what a client may have in the buffer
     (`buffer_client_share`), not in a batch: it is that cap which is checked. Batches are in the order of asking.
     """
-    num, canaries = trial.times(24, 1000), [2 * n + 1 for n in range(trial.times(60, 163))]
-    settings = QUICK | {"buffer_client_share": SHARE, "buffer_queries": 2 * num, "queries_per_step": 8}
+    num, canaries = trial.times(24, 1000), [2 * n + 1 for n in range(trial.times(40, 163))]
+    settings = QUICK | {"buffer_client_share": SHARE, "buffer_queries": int(num / SHARE), "queries_per_step": 8}
     settings |= {"api_keys": json.dumps(list(CLIENTS.values()))}
     with Product(trial.folder / "home", **settings) as product, product.client() as admin:
         clients = {name: Client(product.url, api_key=key) for name, key in CLIENTS.items()}
@@ -148,12 +148,11 @@ def a_hostile_client_cannot_hurt(trial: Trial) -> Found:
         for client in clients.values():
             client.close()
     drop = 100 * (right["base"] - right["live"]) / len(canaries)
-    cap = SHARE * 2 * num
     figure = f"canaries {right['base']} -> {right['live']} of {len(canaries)} right at v{versions:04d}, "
     figure += (
-        f"{kept['attacker']} of the attacker's kept (at most {cap:.0f}), {kept['others']} of {num} of the others'"
+        f"{kept['attacker']} of the attacker's kept (at most {num}), {kept['others']} of {num} of the others'"
     )
-    return Found(drop <= 2 and kept["attacker"] <= cap and kept["others"] == num, figure)
+    return Found(drop <= 2 and kept["attacker"] <= num and kept["others"] == num, figure)
 
 
 def _is_kept(client: Client, image: Image.Image) -> bool:
@@ -184,7 +183,7 @@ def long_streams_end_no_worse(trial: Trial) -> Found:
         policy = load_policy(settings, SLOTS, 1)
         scorer = Scorer(policy, settings.max_answer_tokens, policy.family.recognition_question)
         for number in range(runs):
-            items = list(_drifting(trial.times(96, 10_000), random.Random(trial.seed + number)))
+            items = list(_drifting(trial.times(64, 10_000), random.Random(trial.seed + number)))
             chosen = settings.model_copy(update={"seed": trial.seed + number})
             made = evaluate(policy, chosen, Split(items, []), (), scorer)
             told.append((_mean(made.right), _worst(made.right), made.published))
