@@ -153,6 +153,14 @@ class Gate:
         early = [*reasons] == ["witness_base"] and metrics["witness_base"] >= limits.min_witness
         return Verdict(not reasons, tuple(reasons.values()), metrics, early)
 
+    @torch.no_grad()
+    def nearness(self, witnesses: Sequence[Lesson]) -> float:
+        """Minus the mean cross-entropy, in nats, from the witnesses' votes to what the candidate answers."""
+        chosen = [_short_list(witness) for witness in witnesses]
+        return -float(
+            _distances(_targets(witnesses, chosen), self._answers(self.candidate, witnesses, chosen)).mean()
+        )
+
     def _measure(self) -> dict[str, float]:
         queries, observations = [r.query for r in self._replay], [r.observation for r in self._replay]
         ours = self._views(self.candidate, queries, observations)
@@ -175,7 +183,7 @@ class Gate:
         if len(witnesses) < MIN_WITNESSES:
             return {"witnesses": float(len(witnesses))}
         chosen = [_short_list(witness) for witness in witnesses]
-        targets = [w.target[each] / w.target[each].sum() for w, each in zip(witnesses, chosen, strict=True)]
+        targets = _targets(witnesses, chosen)
         base = [w.ballot.scores[SAME][each] for w, each in zip(witnesses, chosen, strict=True)]
         ours, live = (self._answers(slot, witnesses, chosen) for slot in (self.candidate, self.live))
         votes = [witness.vote[each] for witness, each in zip(witnesses, chosen, strict=True)]
@@ -260,6 +268,11 @@ class Gate:
             ours, base = (self._views(slot, [blank], [observation])[0] for slot in (self.candidate, None))
             kept.append(_share(_mass(ours, unshown), _mass(base, unshown)))
         return fmean(kept)
+
+
+def _targets(witnesses: Sequence[Lesson], chosen: Sequence[list[int]]) -> list[Tensor]:
+    """Votes on some answers of each witness, among them."""
+    return [w.target[each] / w.target[each].sum() for w, each in zip(witnesses, chosen, strict=True)]
 
 
 def _short_list(lesson: Lesson) -> list[int]:

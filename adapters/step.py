@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from servetune.adapters import tree
-from servetune.adapters.ballots import Ballot, Lesson
+from servetune.adapters.ballots import Ballot, Lesson, has_few_answers
 from servetune.adapters.consensus import view_weights
 from servetune.adapters.family import Prefix
 from servetune.adapters.grpo import advantages, kl_penalty, policy_loss
@@ -42,7 +42,8 @@ class LearnerConfig:
     `memory_size`. When nothing waits, what has been learned votes as well, in `rounds` - 1 further rounds of half
     the budget. Nothing is learned from answers with less than `min_information` nats about the images. What is
     published is a moving average of the weights, of decay `average` per step, and of what it changes in the base
-    the share `mixing` (weight-space ensemble, arXiv 2109.01903): what fits this stream alone is the first to go.
+    a share (weight-space ensemble, arXiv 2109.01903): what fits this stream alone goes first. It is the one
+    of `shares` that witnesses like best, `share` until there are any, and no more than that among few answers.
     The other rewards are those of one group of rollouts.
 
     `agreement` is the band of the majority's share in which a group teaches anything: below it the query is
@@ -74,7 +75,8 @@ class LearnerConfig:
     min_information: float = 0.1
     max_bytes: int = 2 * 2**30
     average: float = 0.9
-    mixing: float = 0.7
+    share: float = 0.7
+    shares: tuple[float, ...] = (0.3, 0.5, 0.7, 1.0)
 
     @classmethod
     def named(cls, learner: str, **chosen: Any) -> LearnerConfig:
@@ -85,7 +87,7 @@ class LearnerConfig:
         """
         if learner == "default":
             return cls(**chosen)
-        chosen = {"mixing": 1.0, **chosen}
+        chosen = {"share": 1.0, "shares": (1.0,), **chosen}
         if learner == "frequency":
             return cls(reward=learner, **chosen)
         if learner in ("entropy", "self-training"):  # baselines of the evaluation
@@ -127,6 +129,7 @@ class Learner:
         self._optimizer = torch.optim.AdamW(self._parameters.values(), lr=config.learning_rate, weight_decay=0.0)
         self.truths: Mapping[str, str] = {}  # answers by query id, for the `oracle` of an evaluation alone
         self._max_tokens = config.max_bytes // policy.family.token_bytes
+        self.share = config.share  # of what the weights change in the base that is published
         self._average = policy.weights(slot)
         self._ahead: dict[str, Tensor] | None = None  # where the steps have got to while the average is judged
         self._asked = 0
@@ -165,8 +168,28 @@ class Learner:
 
     def propose(self) -> None:
         """Put what would be published into the slot, as the candidate; `proceed` takes it back."""
-        self._ahead = self.policy.weights(self.slot)
-        self.policy.load(self.slot, scaled(self._average, self.config.mixing))
+        if self._ahead is None:
+            self._ahead = self.policy.weights(self.slot)
+        self.policy.load(self.slot, scaled(self._average, self.share))
+
+    def choose_share(self, witnesses: Sequence[Lesson], nearness: Callable[[], float]) -> None:
+        """Propose the share that witnesses like best, the present one or one of its neighbours.
+
+        Where few answers are possible they do not see what a larger share does to those that their stream does not
+        show, so that it stays at most what it is by default.
+
+        Args:
+            nearness: how near the slot comes to the witnesses' votes.
+        """
+        few = any(has_few_answers(witness.ballot.query) for witness in witnesses)
+        allowed = [share for share in self.config.shares if share <= (self.config.share if few else 1.0)]
+        nearest = sorted(allowed, key=lambda share: abs(share - self.share))[:3]
+        found = {}
+        for self.share in nearest:
+            self.propose()
+            found[self.share] = nearness()
+        self.share = max(nearest, key=found.__getitem__)
+        self.propose()
 
     def proceed(self) -> None:
         """Go on from where the steps had got to before `propose`."""
@@ -179,15 +202,21 @@ class Learner:
         self.proceed()
         self._revoted.clear()
 
-    def load(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor]) -> None:
+    def load(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], share: float | None = None
+    ) -> None:
         """Go back to what was published; what was voted since the last `accept` is void.
 
         Without moments the optimizer starts afresh.
+
+        Args:
+            share: that was published then.
         """
+        self.share = share or self.config.share
         for ballot in self._revoted:
             ballot.votes = ballot.scores
         self._revoted.clear()
-        self.policy.load(self.slot, scaled(weights, 1 / self.config.mixing))
+        self.policy.load(self.slot, scaled(weights, 1 / self.share))
         self._average, self._ahead = self.policy.weights(self.slot), None
         self._optimizer.state.clear()
         for name, value in moments.items():
@@ -211,7 +240,7 @@ class Learner:
         """Take the candidate half of the way back to other weights; the steps go on from there."""
         half = {key: (value + towards[key].to(value)) / 2 for key, value in self.policy.weights(self.slot).items()}
         self.policy.load(self.slot, half)
-        self._ahead = self._average = scaled(half, 1 / self.config.mixing)
+        self._ahead = self._average = scaled(half, 1 / self.share)
 
     # --- votes over views, neighbours and the stream ------------------------------------------------
 

@@ -14,11 +14,12 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
+from functools import partial
 
 import structlog
 
 from servetune.adapters.ballots import Lesson
-from servetune.adapters.gate import Gate
+from servetune.adapters.gate import MIN_WITNESSES, Gate
 from servetune.adapters.policy import Policy
 from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
@@ -228,7 +229,7 @@ class Worker:
 
         An early one is left as it is while there is more to learn.
         """
-        self.learner.propose()
+        self._propose(witnesses)
         spans = math.ceil((self.learner.steps - self._first_step) / self._settings.steps_per_candidate)
         verdict = self._gate.judge(witnesses, spans=spans)
         if verdict.early and self.learner.unfinished and spans < MAX_SPANS:
@@ -238,7 +239,13 @@ class Worker:
                 break
             self.learner.retreat(self._policy.weights(SLOTS[1]))
             verdict = self._gate.judge(witnesses)
-        return replace(verdict, early=False)
+        return replace(verdict, early=False, metrics=verdict.metrics | {"share": self.learner.share})
+
+    def _propose(self, witnesses: Sequence[Lesson]) -> None:
+        if len(witnesses) < MIN_WITNESSES:
+            self.learner.propose()
+        else:
+            self.learner.choose_share(witnesses, partial(self._gate.nearness, witnesses))
 
     def _publish(self, verdict: Verdict) -> None:
         weights, moments = self.learner.state()
@@ -336,7 +343,8 @@ class Worker:
         self._live = live
         weights = self._store.weights(live.version)
         self._policy.load(SLOTS[1], weights)
-        self.learner.load(weights, self._store.optimizer(live.version))
+        gate = self._store.manifest(live.version).gate or {"metrics": {}}
+        self.learner.load(weights, self._store.optimizer(live.version), gate["metrics"].get("share"))
         self._heard.clear()
         self._first_step = self.learner.steps
 

@@ -128,7 +128,7 @@ def test_a_retreat_goes_half_of_the_way_back(policy: Policy) -> None:
 
 def test_a_share_of_the_learned_change_is_published_and_steps_go_on_from_all_of_it(policy: Policy) -> None:
     policy.load("candidate", policy.zero_weights())
-    learner = Learner(policy, replace(OPEN, mixing=0.5, average=0.0))
+    learner = Learner(policy, replace(OPEN, share=0.5, average=0.0))
     for _ in range(3):
         learner.step([query(labels=tuple("abcdefgh"))])
     ahead = policy.weights("candidate")
@@ -157,7 +157,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) 
 
 def test_a_retreat_from_a_share_keeps_the_share(policy: Policy) -> None:
     stir(policy, "candidate", std=0.05)
-    learner = Learner(policy, replace(OPEN, mixing=0.5))
+    learner = Learner(policy, replace(OPEN, share=0.5))
     learner.propose()
     far = policy.weights("candidate")
     learner.retreat(policy.zero_weights())
