@@ -145,6 +145,43 @@ def test_a_share_of_the_learned_change_is_published_and_steps_go_on_from_all_of_
     assert_same(policy.weights("candidate"), published)
 
 
+@pytest.mark.parametrize(
+    ("labels", "best", "start", "chosen"),
+    [
+        ("many", 0.3, 0.7, [0.7, 0.5, 0.3, 0.3]),  # one neighbour at a time
+        ("many", 1.0, 0.7, [0.7, 1.0, 1.0]),
+        ("few", 1.0, 0.7, [0.7, 0.7]),
+        ("few", 0.5, 0.7, [0.7, 0.5, 0.5]),
+    ],
+)
+def test_the_share_that_witnesses_like_best_is_published(
+    policy: Policy, labels: str, best: float, start: float, chosen: list[float]
+) -> None:
+    policy.load("candidate", policy.zero_weights())
+    learner = Learner(policy, LearnerConfig(min_valid=0, share=start), seed=0)
+    names = LABELS if labels == "few" else tuple(f"red {word}" for word in "abcdefghijklmnopqrst")
+    learner.step([query(seed, labels=names) for seed in range(8)])
+    stir(policy, "candidate", std=0.05)
+    learner._average = ahead = policy.weights("candidate")
+    witnesses = learner.witnesses()
+    assert witnesses
+
+    def nearness() -> float:
+        lora_b = next(key for key in ahead if "lora_B" in key)
+        share = float((policy.weights("candidate")[lora_b] / ahead[lora_b]).mean())
+        return -abs(share - best)
+
+    found = [learner.share]
+    for _ in chosen[1:]:
+        learner.choose_share(witnesses, nearness)
+        found.append(learner.share)
+        for key, value in changes(policy.weights("candidate")).items():
+            torch.testing.assert_close(value, learner.share * changes(ahead)[key])
+        learner.proceed()
+        assert_same(policy.weights("candidate"), ahead)
+    assert found == chosen
+
+
 def changes(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """What an adapter adds to each matrix of the base, without LoRA's scale."""
     return {key: weights[key.replace("lora_A", "lora_B")] @ a for key, a in weights.items() if "lora_A" in key}

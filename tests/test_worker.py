@@ -199,6 +199,22 @@ async def test_a_damaged_last_good_is_not_gone_back_to(
     assert (store.live().version, store.aliases()["last-good"]) == (0, 0)
 
 
+async def test_a_version_says_which_share_it_is_and_a_new_worker_goes_on_from_all_of_it(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url) as worker:
+        worker.learner.share = 0.5
+        worker.turn()
+    gate = store.manifest(1).gate
+    assert gate is not None
+    assert gate["metrics"]["share"] == 0.5
+    with at_work(settings, policy, store, valkey.url) as again:
+        assert again.learner.share == 0.5
+    for key, value in store.weights(1).items():
+        torch.testing.assert_close(policy.weights("candidate")[key], value * (2 if ".lora_B." in key else 1))
+
+
 async def test_an_early_candidate_goes_on_learning_unserved(
     settings: Settings,
     policy: Policy,
