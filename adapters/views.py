@@ -14,6 +14,7 @@ from collections.abc import Callable
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 MEDIAN_SIDE = 256
+MEDIAN = 5  # pixels: noise is of the size of pixels, however large the image is
 SAME = "same"
 """The image as it was sent."""
 
@@ -61,7 +62,7 @@ def _blur(image: Image.Image, rng: random.Random) -> Image.Image:
 def _median(image: Image.Image, rng: random.Random) -> Image.Image:
     small = image.copy()
     small.thumbnail((MEDIAN_SIDE, MEDIAN_SIDE))  # the filter takes a minute on a photo, and holds the interpreter
-    filtered = small.filter(ImageFilter.MedianFilter(2 * max(1, round(_radius(small, 0.02))) + 1))
+    filtered = small.filter(ImageFilter.MedianFilter(MEDIAN))
     return filtered if small.size == image.size else filtered.resize(image.size, Image.Resampling.BICUBIC)
 
 
@@ -71,6 +72,11 @@ def _sharpen(image: Image.Image, rng: random.Random) -> Image.Image:
 
 def _contrast(factor: float) -> Change:
     return lambda image, rng: ImageEnhance.Contrast(image).enhance(factor)
+
+
+def _levels(image: Image.Image, rng: random.Random) -> Image.Image:
+    """The darkest hundredth black, the lightest white, and colours as they are: what is too dark, or in a haze."""
+    return ImageOps.autocontrast(image, cutoff=1, preserve_tone=True)
 
 
 def _other_light(image: Image.Image, rng: random.Random) -> Image.Image:
@@ -87,7 +93,8 @@ def _unchanged(image: Image.Image, rng: random.Random) -> Image.Image:
     return image
 
 
-# Name -> change of light or detail, and the words that forbid it. All but SAME are moved as well.
+# Name -> change of light or detail, and the words that forbid it. All but SAME are moved as well, afterwards: a
+# move blends neighbouring pixels, and noise that is blended cannot be told from what it hides.
 _CHANGES: dict[str, tuple[Change, re.Pattern[str] | None]] = {
     SAME: (_unchanged, None),
     "moved": (_unchanged, None),
@@ -101,6 +108,7 @@ _CHANGES: dict[str, tuple[Change, re.Pattern[str] | None]] = {
     "contrast": (_contrast(1.5), _LIGHT),
     "strong contrast": (_contrast(2.5), _LIGHT),
     "saturated": (lambda image, rng: ImageEnhance.Color(image).enhance(1.8), _LIGHT),
+    "levels": (_levels, _LIGHT),
     "bright": (lambda image, rng: ImageEnhance.Brightness(image).enhance(1.25), _LIGHT),
 }
 
@@ -116,11 +124,11 @@ def look(view: str, image: Image.Image, question: str, seed: str) -> Image.Image
     if view == SAME:
         return image
     rng, asked = random.Random(f"{view} {seed}"), _FORM.sub("", question)
+    image = _CHANGES[view][0](image, rng)
     if not _PLACE.search(asked):
         image = _move(image, rng)
-    if rng.random() < 0.5 and not _SIDES.search(asked):
-        image = ImageOps.mirror(image)
-    return _CHANGES[view][0](image, rng)
+    mirrored = rng.random() < 0.5 and not _SIDES.search(asked)
+    return ImageOps.mirror(image) if mirrored else image
 
 
 def _move(image: Image.Image, rng: random.Random) -> Image.Image:

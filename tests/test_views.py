@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -47,6 +48,25 @@ def test_a_big_photo_is_filtered_at_a_bounded_size(monkeypatch: pytest.MonkeyPat
     assert filtered == [256]
 
 
+def test_noise_is_filtered_before_the_picture_is_moved() -> None:
+    """What a move has blended, a median no longer finds."""
+    clean = Image.new("RGB", (64, 64), (40, 90, 160))
+    noisy, dice = clean.copy(), random.Random(0)
+    for _ in range(800):
+        noisy.putpixel((dice.randrange(64), dice.randrange(64)), dice.choice([(0, 0, 0), (255, 255, 255)]))
+    for seed in range(5):
+        seen = look("median", noisy, "What is this?", str(seed))
+        worst = max(high for _, high in ImageChops.difference(seen, clean).getextrema())  # type: ignore[misc]
+        assert worst < 30
+
+
+def test_levels_undo_what_is_dark_or_hazy() -> None:
+    for dull in (PICTURE.point(lambda value: value // 4), PICTURE.point(lambda value: 190 + value // 5)):
+        low, high = look("levels", dull, "What is this?", "q").convert("L").getextrema()
+        assert low < 15
+        assert high > 240
+
+
 def test_sides_are_not_swapped_where_the_question_asks_for_them() -> None:
     assert mirrored("What is this?")
     assert not mirrored("Is the dog on the left?")
@@ -62,7 +82,7 @@ def test_nothing_is_cut_off_where_things_are_counted() -> None:
 
 
 def test_light_stays_where_the_question_is_about_light() -> None:
-    assert not {"bright", "contrast", "other light"} & set(safe_views("Is the picture dark?"))
+    assert not {"bright", "contrast", "levels", "other light"} & set(safe_views("Is the picture dark?"))
 
 
 @pytest.mark.parametrize(
