@@ -177,21 +177,16 @@ def _grow(
         stopped = {row for row in {branch.row for branch in level} if watch.stopped(row)}
         logprobs = allowed(family, logits).log_softmax(-1)
         drawn = draw(logprobs, [branch.count for branch in level])
-        taken = [(number, *each) for number, found in enumerate(drawn) for each in found]
-        numbers, chosen, _ = zip(*taken, strict=True)
-        added = logprobs[list(numbers), list(chosen)].tolist()
         children = []
-        for (number, token, count), logprob in zip(taken, added, strict=True):
-            branch = level[number]
-            if branch.row in stopped:
+        for child in _children(level, drawn, logprobs):
+            if child.row in stopped:
                 continue
-            grown = Branch(branch.row, (*branch.tokens, token), branch.logprob + logprob, count, branch.path)
-            if token in family.end_tokens or depth + 1 == limits[branch.row]:
-                ended = token in family.end_tokens
-                done[branch.row].append(Sample(grown.tokens, grown.logprob, count, ended))
+            ended = child.tokens[-1] in family.end_tokens
+            if ended or depth + 1 == limits[child.row]:
+                done[child.row].append(Sample(child.tokens, child.logprob, child.count, ended))
             else:
-                children.append(grown)
-                watch.grew(grown.row, grown.tokens)
+                children.append(child)
+                watch.grew(child.row, child.tokens)
         for row in {branch.row for branch in level} - {branch.row for branch in children} - stopped:
             watch.finished(row, done[row])
         if not children:
@@ -200,6 +195,25 @@ def _grow(
         level = children
         logits = shoots.feed(level)
     return done
+
+
+def _children(
+    level: Sequence[Branch], drawn: Sequence[Iterable[tuple[int, int]]], logprobs: Tensor
+) -> list[Branch]:
+    """The branches one token further, as drawn; (branches, V) log-probabilities are read where they are."""
+    taken = [(number, *each) for number, found in enumerate(drawn) for each in found]
+    numbers, tokens, _ = zip(*taken, strict=True)
+    added = logprobs[list(numbers), list(tokens)].tolist()
+    return [
+        Branch(
+            level[number].row,
+            (*level[number].tokens, token),
+            level[number].logprob + more,
+            count,
+            level[number].path,
+        )
+        for (number, token, count), more in zip(taken, added, strict=True)
+    ]
 
 
 class Shoots:

@@ -26,7 +26,7 @@ import httpx2
 import numpy
 
 from benchmarks.promises.delivery import OUTCOMES, QUICK, left
-from benchmarks.promises.product import LABELS, Product, eventually, picture
+from benchmarks.promises.product import LABELS, Product, eventually, going_on, picture
 from benchmarks.promises.rows import Found, Trial, promise
 from servetune import AsyncClient, Client
 
@@ -222,26 +222,17 @@ class Answered:
     @contextmanager
     def busy(self, url: str, clients: int = 4) -> Iterator[None]:
         """Clients that ask on and on."""
-        stop = threading.Event()
-        numbers = iter(range(10**9))
-        lock = threading.Lock()
+        numbers, lock = iter(range(10**9)), threading.Lock()
 
-        def ask() -> None:
+        def ask(stop: threading.Event) -> None:
             with Client(url, max_retries=10) as client:
                 while not stop.is_set():
                     with lock:
                         number = next(numbers)
                     self._once(client, number)
 
-        threads = [threading.Thread(target=ask) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        try:
+        with going_on(*[ask] * clients):
             yield
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
 
     def _once(self, client: Client, number: int) -> None:
         try:
@@ -401,23 +392,16 @@ def the_loop_stays_responsive(trial: Trial) -> Found:
 @contextmanager
 def _asking(product: Product, statuses: Counter[int]) -> Iterator[None]:
     """Clients that send large images, as a form and as base64, and small ones."""
-    stop, large = threading.Event(), _large()
+    large = _large()
     askers = [partial(_send_large, "form", large), partial(_send_large, "base64", large), _send_small, _send_small]
 
-    def ask(send: Callable[[httpx2.Client], httpx2.Response]) -> None:
+    def ask(send: Callable[[httpx2.Client], httpx2.Response], stop: threading.Event) -> None:
         with httpx2.Client(base_url=product.url, timeout=60) as http:
             while not stop.is_set():
                 statuses[send(http).status_code] += 1
 
-    threads = [threading.Thread(target=ask, args=(asker,)) for asker in askers]
-    for thread in threads:
-        thread.start()
-    try:
+    with going_on(*(partial(ask, asker) for asker in askers)):
         yield
-    finally:
-        stop.set()
-        for thread in threads:
-            thread.join()
 
 
 def _large() -> bytes:

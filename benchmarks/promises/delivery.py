@@ -19,7 +19,7 @@ from pathlib import Path
 
 import redis
 
-from benchmarks.promises.product import LABELS, Part, Product, eventually, picture
+from benchmarks.promises.product import LABELS, Part, Product, eventually, going_on, picture
 from benchmarks.promises.rows import Found, Skip, Trial, promise
 from servetune import Client
 from servetune.adapters.store import AdapterStore
@@ -76,24 +76,16 @@ class Asked:
     @contextmanager
     def busy(self, product: Product, clients: int = CLIENTS) -> Iterator[None]:
         """Clients that ask on and on, wherever the product answers now."""
-        stop = threading.Event()
 
-        def ask() -> None:
+        def ask(stop: threading.Event) -> None:
             while not stop.is_set():
                 with suppress(Exception), product.client(max_retries=0, timeout=20) as client:
                     url = product.url
                     while product.url == url and not stop.is_set():
                         self.once(client)
 
-        threads = [threading.Thread(target=ask) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        try:
+        with going_on(*[ask] * clients):
             yield
-        finally:
-            stop.set()
-            for thread in threads:
-                thread.join()
 
 
 @dataclass(frozen=True, slots=True)

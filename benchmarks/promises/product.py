@@ -6,9 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -122,6 +123,21 @@ def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> None:
         if time.monotonic() > deadline:
             raise TimeoutError(f"it did not happen within {within_s:.0f} s")
         time.sleep(0.05)
+
+
+@contextmanager
+def going_on(*works: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Threads, one for each work, that end with the block: each is given the event that says so."""
+    stop = threading.Event()
+    threads = [threading.Thread(target=work, args=(stop,)) for work in works]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
 
 
 IMAGES = sorted(EXAMPLES.glob("*.png"))
