@@ -86,18 +86,15 @@ class Policy:
             base_model_name_or_path=family.source,
         )
         self._peft = get_peft_model(family.model, self.config, adapter_name=slots[0])
-        for slot in slots[1:]:
-            self._peft.add_adapter(slot, self.config)
-        self._peft.eval()
         self._choice = _Choice(slots[0])
         family.using = self._using
         for module in self._peft.modules():
             if isinstance(module, LoraLayer):
                 module.forward = _adapted(module, self._choice)
-        self._slots = {slot: self._parameters_of(slot) for slot in slots}
-        for parameters in self._slots.values():
-            for parameter in parameters.values():
-                parameter.requires_grad_(True)
+        self._slots = {slots[0]: self._parameters_of(slots[0])}
+        self._ready()
+        for slot in slots[1:]:
+            self.add(slot)
         self._seen = ByteCache(cache_bytes)
 
     def peft_config(self) -> dict[str, Any]:
@@ -107,6 +104,24 @@ class Policy:
         return plain
 
     # --- adapters ------------------------------------------------------------------------------------
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """Names of all slots, in the order in which they were made."""
+        return tuple(self._slots)
+
+    def add(self, slot: str) -> None:
+        """Make one more slot. On the policy's thread; what other slots hold stays."""
+        self._peft.add_adapter(slot, self.config)
+        self._slots[slot] = self._parameters_of(slot)
+        self._ready()
+
+    def _ready(self) -> None:
+        """PEFT lets the newest adapter alone be trained, and in training mode."""
+        self._peft.eval()
+        for parameters in self._slots.values():
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
 
     @property
     def active(self) -> str | None:
@@ -367,11 +382,12 @@ def _adapted(layer: Any, choice: _Choice) -> Callable[[Tensor], Tensor]:
 
     It takes a third of the time of a small layer, and choosing a slot costs one assignment.
     """
-    base, parts = layer.base_layer, {}
-    for slot in layer.lora_A:
-        parts[slot] = layer.lora_A[slot].weight, layer.lora_B[slot].weight, layer.scaling[slot]
+    base = layer.base_layer
+    parts: dict[str, tuple[Tensor, Tensor, float]] = {}
 
     def add(result: Tensor, x: Tensor, slot: str, rows: Tensor | None = None) -> None:
+        if slot not in parts:
+            parts[slot] = layer.lora_A[slot].weight, layer.lora_B[slot].weight, layer.scaling[slot]
         down, up, scaling = parts[slot]
         change = linear(linear(x.to(down.dtype), down), up).to(result.dtype)
         # In place: nothing goes back through the output of a frozen layer but its gradient.

@@ -34,9 +34,9 @@ from benchmarks.models import checkpoint
 from benchmarks.servers import Server, adaptation, num_steps, processes, running
 from benchmarks.swap import publish
 from servetune.adapters.store import AdapterStore
-from servetune.server.engine import SLOTS
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS
 
 LABELS = ["cat", "dog", "red", "green", "blue", "yes", "no", "0", "1", "2"]
 QUERIES = 4

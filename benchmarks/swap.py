@@ -37,9 +37,10 @@ from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft
-from servetune.server.engine import SLOTS, Engine, Outcome
+from servetune.server.engine import Engine, Outcome
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, Stage
 
 NUM_VERSIONS = 4
 LABELS = ("cat", "dog", "house", "airplane")
@@ -65,7 +66,7 @@ async def measure(options: argparse.Namespace, home: Path) -> dict[str, float]:
     policy = load_policy(settings, SLOTS, settings.serve_threads)
     store = open_store(settings, policy)
     versions = [publish(policy, store, seed) for seed in range(NUM_VERSIONS)]
-    engine = Engine(policy, store, settings)
+    engine = Engine(Stage(policy, settings), store, settings)
     stalls, loads = watched(engine)
     await engine.start()
     expected = {v: [await engine.answer(one, GREEDY, f"v{v:04d}") for one in probes()] for v in versions}
@@ -76,7 +77,8 @@ async def measure(options: argparse.Namespace, home: Path) -> dict[str, float]:
     stalled, loaded = max(stalls, default=0.0), max(loads)
     ratio = await swap_and_wait(engine, store, versions, options.clients)
     slope = await grow(engine, store, versions, options.more)
-    await engine.stop()
+    engine.stop()
+    await engine.stage.stop()
     return {
         "failed": found["failed"],
         "torn": found["torn"],
@@ -117,25 +119,25 @@ def watched(engine: Engine) -> tuple[list[float], list[float]]:
 
         return run
 
-    make_resident = engine._make_resident
+    make_resident = engine.stage.load
 
     async def make_resident_watched(version: int) -> Any:
-        known, began = version in engine._resident, time.perf_counter()
+        known, began = version in engine.stage._resident, time.perf_counter()
         made = await make_resident(version)
         if known:
             stalls.append(time.perf_counter() - began)
         return made
 
-    engine._make_resident = make_resident_watched  # type: ignore[method-assign]
-    submit = engine._thread.submit
+    engine.stage.load = make_resident_watched  # type: ignore[method-assign]
+    submit = engine.stage._thread.submit
 
     def submit_watched(work: Any, *args: Any) -> Any:
-        if work == engine._answering.turn:  # answers; anything else is not
+        if work == engine.stage.answering.turn:  # answers; anything else is not
             return submit(work, *args)
         return submit(timed(work, stalls), *args)
 
-    engine._thread.submit = submit_watched  # type: ignore[method-assign]
-    engine._load = timed(engine._load, loads)  # type: ignore[method-assign]
+    engine.stage._thread.submit = submit_watched  # type: ignore[method-assign]
+    engine.stage._load = timed(engine.stage._load, loads)  # type: ignore[method-assign]
     return stalls, loads
 
 

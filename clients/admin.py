@@ -35,6 +35,11 @@ def list_adapters(session: Session) -> Steps[list[AdapterInfo]]:
             return found
 
 
+def create(session: Session, name: str, *, idempotency_key: str | None = None) -> Steps[AdapterInfo]:
+    """Make an adapter, which answers as the base until it learns. Raises ConflictError, APIError."""
+    return session.send(_post("/v1/adapters", AdapterInfo, {"name": name}, idempotency_key))
+
+
 def get_adapter(session: Session, name: str = "default") -> Steps[AdapterInfo]:
     """An adapter: its aliases, what it wants to serve and what it serves. Raises APIError."""
     return session.send(Call("GET", _route(name), reads(AdapterInfo), admin=True))
@@ -121,24 +126,32 @@ def export(
 # --- adaptation --------------------------------------------------------------------------------------
 
 
-def status(session: Session) -> Steps[AdaptationStatus]:
+def status(session: Session, name: str | None = None) -> Steps[AdaptationStatus]:
     """Is it learning, from what, and how far is serving behind? Raises APIError."""
-    return session.send(Call("GET", "/v1/adaptation", reads(AdaptationStatus), admin=True))
+    query = {"adapter": name}
+    return session.send(Call("GET", "/v1/adaptation", reads(AdaptationStatus), query=query, admin=True))
 
 
-def pause(session: Session, *, idempotency_key: str | None = None) -> Steps[AdaptationStatus]:
+def pause(
+    session: Session, name: str | None = None, *, idempotency_key: str | None = None
+) -> Steps[AdaptationStatus]:
     """Stop learning; answering goes on. Raises APIError."""
-    return session.send(_post("/v1/adaptation/pause", AdaptationStatus, {}, idempotency_key))
+    return session.send(_post("/v1/adaptation/pause", AdaptationStatus, {}, idempotency_key, name))
 
 
-def resume(session: Session, *, idempotency_key: str | None = None) -> Steps[AdaptationStatus]:
+def resume(
+    session: Session, name: str | None = None, *, idempotency_key: str | None = None
+) -> Steps[AdaptationStatus]:
     """Learn again. Raises APIError."""
-    return session.send(_post("/v1/adaptation/resume", AdaptationStatus, {}, idempotency_key))
+    return session.send(_post("/v1/adaptation/resume", AdaptationStatus, {}, idempotency_key, name))
 
 
-def erase(session: Session, query_ids: Sequence[str], *, idempotency_key: str | None = None) -> Steps[Erased]:
-    """Erase queries wherever they are, with the versions that learned from them. Raises APIError."""
-    return session.send(_post("/v1/adaptation/erase", Erased, {"query_ids": list(query_ids)}, idempotency_key))
+def erase(
+    session: Session, query_ids: Sequence[str], name: str | None = None, *, idempotency_key: str | None = None
+) -> Steps[Erased]:
+    """Erase queries of an adapter wherever they are, with the versions that learned from them. Raises APIError."""
+    body = {"query_ids": list(query_ids)}
+    return session.send(_post("/v1/adaptation/erase", Erased, body, idempotency_key, name))
 
 
 def audit(session: Session, cursor: str | None, *, page_size: int | None = None) -> Steps[Rows[AuditEntry]]:
@@ -154,8 +167,13 @@ def version_name(version: str | int) -> str:
     return f"v{version:04d}" if isinstance(version, int) else version
 
 
-def _post(path: str, model: type[M], body: Mapping[str, Any], idempotency_key: str | None) -> Call[M]:
-    return Call("POST", path, reads(model), body=lambda: body, admin=True, idempotency_key=idempotency_key)
+def _post(
+    path: str, model: type[M], body: Mapping[str, Any], idempotency_key: str | None, adapter: str | None = None
+) -> Call[M]:
+    about = {"adapter": adapter}
+    return Call(
+        "POST", path, reads(model), query=about, body=lambda: body, admin=True, idempotency_key=idempotency_key
+    )
 
 
 def _listing(path: str, model: type[M], cursor: str | None, limit: int | None = None) -> Call[Rows[M]]:

@@ -10,6 +10,7 @@ class Adapters(Blocking):
     """Named lines of versions; `live` is the alias that answers."""
 
     list = blocking(admin.list_adapters)
+    create = blocking(admin.create)
     get = blocking(admin.get_adapter)
     versions = blocking_each(admin.versions)
     version = blocking(admin.get_version)
@@ -24,6 +25,7 @@ class AsyncAdapters(Awaiting):
     """Named lines of versions; `live` is the alias that answers."""
 
     list = awaiting(admin.list_adapters)
+    create = awaiting(admin.create)
     get = awaiting(admin.get_adapter)
     versions = awaiting_each(admin.versions)
     version = awaiting(admin.get_version)

@@ -25,6 +25,10 @@ Task = Literal["vqa", "recognition"]
 Label = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=200)]
 Question = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 AdapterChoice = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$")]
+AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
+AdapterPath = Annotated[
+    str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9._-]{0,63}@)?[a-z0-9][a-z0-9._-]{0,63}$")
+]
 
 
 MAX_ANSWER_TOKENS = 8192
@@ -78,7 +82,10 @@ class AnswerRequest(Request):
     max_tokens: int = Field(32, ge=1, le=1024)
     temperature: float = Field(0.0, ge=0.0, le=2.0)
     seed: int | None = Field(None, ge=0, lt=2**63)
-    adapter: AdapterChoice = Field("live", description="`live`, another alias, `base` or a version `v0007`")
+    adapter: AdapterPath = Field(
+        "live",
+        description="`live`, another alias, `base` or a version `v0007`; of another adapter, `tenant-a@live`",
+    )
     adapt: bool | Literal["now"] = Field(
         True, description="may this query be kept for learning? `now`: also look again before answering"
     )
@@ -249,6 +256,10 @@ class AdapterInfo(Result):
     num_versions: int
     resident: list[str]
     leases: dict[str, int]
+
+
+class CreateRequest(Request):
+    name: AdapterName
 
 
 class SnapshotRequest(Request):

@@ -13,7 +13,7 @@ import hmac
 import os
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -39,6 +39,7 @@ class Principal:
 
     id: str
     admin: bool = False
+    adapter: str | None = None  # the only one that the key is for
 
 
 LOCAL = Principal("local")
@@ -55,11 +56,20 @@ class Forbidden(ServiceError):
 class Access:
     """The keys of one server."""
 
-    def __init__(self, user_keys: Sequence[str] = (), admin_key: str | None = None) -> None:
+    def __init__(
+        self,
+        user_keys: Sequence[str] = (),
+        admin_key: str | None = None,
+        adapter_keys: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self._salt = secrets.token_bytes(32)
-        self.has_user_keys = bool(user_keys)
+        adapter_keys = adapter_keys or {}
+        self.has_user_keys = bool(user_keys or adapter_keys)
         self.has_admin_key = admin_key is not None
         known = [(Principal(_key_id(key, f"user{n}")), key) for n, key in enumerate(user_keys, 1)]
+        for adapter, keys in adapter_keys.items():
+            for n, key in enumerate(keys, 1):
+                known.append((Principal(_key_id(key, f"{adapter}:{n}"), adapter=adapter), key))
         if admin_key is not None:
             known.append((Principal(_key_id(admin_key, "admin"), admin=True), admin_key))
         if any(not key for _, key in known):
@@ -73,7 +83,8 @@ class Access:
             admin_key = settings.admin_key.get_secret_value()
         else:
             admin_key = read_or_create_key(settings.path("admin.key"))
-        return cls([key.get_secret_value() for key in settings.api_keys], admin_key)
+        confined = {name: [key.get_secret_value() for key in keys] for name, keys in settings.adapter_keys.items()}
+        return cls([key.get_secret_value() for key in settings.api_keys], admin_key, confined)
 
     def authorize(self, authorization: str | None, scope: Scope) -> Principal:
         """Who sent this Authorization header.

@@ -17,12 +17,14 @@ from pydantic import Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
 
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.versions import Manifest, version_name
+from servetune.adapters.types import BASE
+from servetune.adapters.versions import Manifest, StoreError, version_name
 from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
     AdapterInfo,
     AuditEntry,
+    CreateRequest,
     Erased,
     EraseRequest,
     Page,
@@ -34,7 +36,9 @@ from servetune.clients.types import (
 )
 from servetune.server.access import Principal, Require
 from servetune.server.description import problems
+from servetune.server.engine import Engine
 from servetune.server.errors import ServiceError, as_service_error
+from servetune.server.lines import Line
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
@@ -66,94 +70,123 @@ class Operator:
     request_id: str
     services: Services
 
-    async def act(self, event: str, details: dict[str, Any], change: Awaitable[T]) -> T:
-        """Make a change, audit how it went, then serve what `live` names now.
+    async def act(self, line: Line, event: str, details: dict[str, Any], change: Awaitable[T]) -> T:
+        """Make a change to an adapter, audit how it went, then serve what its `live` names now.
 
         Raises what `change` raises.
         """
         try:
             result = await change
         except Exception as error:
-            await self._audit(event, {**details, "refused": as_service_error(error).code})
+            await self.record(line.name, event, {**details, "refused": as_service_error(error).code})
             raise
         made = {"made": version_name(result.version)} if isinstance(result, Manifest) else {}
-        await self._audit(event, {**details, **made})
-        await self.services.engine.refresh()
+        await self.record(line.name, event, {**details, **made})
+        await line.engine.refresh()
         return result
 
-    async def _audit(self, event: str, details: dict[str, Any]) -> None:
+    async def record(self, adapter: str, event: str, details: dict[str, Any]) -> None:
+        """Put on record what was done to an adapter."""
+        details = {"adapter": adapter, **details}
         await asyncio.to_thread(self.services.audit.append, event, self.name, self.request_id, details)
+
+
+Absent = SkipJsonSchema[None]  # what may be left out of an address or a head; it cannot be sent as null
+Limit = Annotated[int, Query(ge=1, le=200)]
+Generation = Annotated[str, StringConstraints(pattern=r'^"?[0-9]{1,18}"?$')]
+
+
+async def _named(name: str, services: ServicesDep) -> Line:
+    """The adapter in the path. Raises ServiceError `adapter_not_found`."""
+    return await services.lines.find(name)
+
+
+async def _meant(
+    services: ServicesDep,
+    adapter: Annotated[
+        AdapterChoice | Absent, Query(description="by default the one that the server names")
+    ] = None,
+) -> Line:
+    """The adapter that a request is about. Raises ServiceError `adapter_not_found`."""
+    return await services.lines.find(adapter or services.lines.first.name)
 
 
 async def _operator(request: Request, caller: Annotated[Principal, ADMIN], services: ServicesDep) -> Operator:
     return Operator(caller.id, request.state.request_id, services)
 
 
-async def _store(name: str, services: ServicesDep) -> AdapterStore:
-    """The store of the adapter in the path. Raises ServiceError `adapter_not_found`."""
-    if name != services.store.name:
-        raise ServiceError("adapter_not_found", "This server has no adapter of that name.")
-    return services.store
-
-
+NamedDep = Annotated[Line, Depends(_named)]
+MeantDep = Annotated[Line, Depends(_meant)]
 OperatorDep = Annotated[Operator, Depends(_operator)]
-StoreDep = Annotated[AdapterStore, Depends(_store)]
-Limit = Annotated[int, Query(ge=1, le=200)]
-Generation = Annotated[str, StringConstraints(pattern=r'^"?[0-9]{1,18}"?$')]
-Absent = SkipJsonSchema[None]  # what may be left out of an address or a head; it cannot be sent as null
 
 
 # --- reading -----------------------------------------------------------------------------------------
 
 
 @router.get("/adapters")
-async def list_adapters(services: ServicesDep) -> Page[AdapterInfo]:
-    """All adapters of this server: one."""
-    return Page(data=[await _adapter_info(services)])
+async def list_adapters(
+    services: ServicesDep, cursor: AdapterChoice | Absent = None, limit: Limit = 50
+) -> Page[AdapterInfo]:
+    """The adapters of this server by name; `cursor` is the last one already seen."""
+    names = [name for name in await services.lines.names() if cursor is None or name > cursor]
+    page = [await asyncio.to_thread(_adapter_info, *services.lines.look(name)) for name in names[:limit]]
+    return Page(data=page, next_cursor=names[limit - 1] if len(names) > limit else None)
+
+
+@router.post("/adapters", status_code=201)
+async def create_adapter(body: CreateRequest, services: ServicesDep, operator: OperatorDep) -> AdapterInfo:
+    """A new adapter, which answers as the base does until it has learned from questions of its own."""
+    try:
+        line = await services.lines.create(body.name)
+    except StoreError as error:
+        await operator.record(body.name, "adapter_created", {"refused": as_service_error(error).code})
+        raise
+    await operator.record(body.name, "adapter_created", {})
+    return await _info(line)
 
 
 @router.get("/adapters/{name}")
-async def get_adapter(store: StoreDep, services: ServicesDep) -> AdapterInfo:
+async def get_adapter(line: NamedDep) -> AdapterInfo:
     """Its aliases, the version wanted live and the one this process serves."""
-    return await _adapter_info(services)
+    return await _info(line)
 
 
 @router.get("/adapters/{name}/versions")
 async def list_versions(
-    store: StoreDep, cursor: AdapterChoice | Absent = None, limit: Limit = 50
+    line: NamedDep, cursor: AdapterChoice | Absent = None, limit: Limit = 50
 ) -> Page[VersionInfo]:
     """Its versions, newest first; `cursor` is the last version already seen."""
-    return await asyncio.to_thread(_version_page, store, cursor, limit)
+    return await asyncio.to_thread(_version_page, line.store, cursor, limit)
 
 
 @router.get("/adapters/{name}/versions/{version}")
-async def get_version(store: StoreDep, version: AdapterChoice) -> VersionInfo:
+async def get_version(line: NamedDep, version: AdapterChoice) -> VersionInfo:
     """One version, by number or alias."""
+    store = line.store
     return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
 
 
 @router.get("/adapters/{name}/versions/{version}/export", response_class=Tar, responses={200: TAR})
-async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep) -> Tar:
+async def export(line: NamedDep, version: AdapterChoice, operator: OperatorDep) -> Tar:
     """The PEFT directory of a version, as a tar."""
-    number = await asyncio.to_thread(store.resolve, version)
-    pieces = store.export(number)
-    first = await operator.act(
-        "adapter_exported", {"version": version_name(number)}, asyncio.to_thread(next, pieces)
-    )
+    number = await asyncio.to_thread(line.store.resolve, version)
+    pieces = line.store.export(number)
+    reading = asyncio.to_thread(next, pieces)
+    first = await operator.act(line, "adapter_exported", {"version": version_name(number)}, reading)
 
     def tar() -> Any:
         yield first  # read before the answer began, so that a damaged version is still a problem document
         yield from pieces
 
-    name = f"{store.name}-{version_name(number)}.tar"
+    name = f"{line.name}-{version_name(number)}.tar"
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
     return Tar(tar(), headers=headers)
 
 
 @router.get("/adaptation")
-async def get_adaptation(services: ServicesDep) -> AdaptationStatus:
+async def get_adaptation(line: MeantDep) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
-    return await _adaptation_status(services)
+    return await _adaptation_status(line)
 
 
 @router.get("/audit")
@@ -169,105 +202,109 @@ async def read_audit(
 
 
 @router.post("/adapters/{name}/snapshot", status_code=201)
-async def snapshot(store: StoreDep, body: SnapshotRequest, operator: OperatorDep) -> VersionInfo:
+async def snapshot(line: NamedDep, body: SnapshotRequest, operator: OperatorDep) -> VersionInfo:
     """Keep the live weights as a version of its own, under the alias `label`."""
-    change = asyncio.to_thread(store.snapshot, body.label, dict(body.metadata))
-    return _version_info(await operator.act("adapter_snapshot", {"label": body.label}, change))
+    change = asyncio.to_thread(line.store.snapshot, body.label, dict(body.metadata))
+    return _version_info(await operator.act(line, "adapter_snapshot", {"label": body.label}, change))
 
 
 @router.post("/adapters/{name}/promote")
 async def promote(
-    store: StoreDep,
+    line: NamedDep,
     body: PromoteRequest,
     operator: OperatorDep,
     if_match: Annotated[Generation | Absent, Header()] = None,
 ) -> AdapterInfo:
     """Make a version live. With `If-Match`, only while the adapter's `generation` is the one given."""
     expected = None if if_match is None else int(if_match.strip('"'))
+    store = line.store
     change = asyncio.to_thread(lambda: store.promote(store.resolve(body.version), expected))
-    await operator.act("adapter_promoted", {"version": body.version}, change)
-    return await _adapter_info(operator.services)
+    await operator.act(line, "adapter_promoted", {"version": body.version}, change)
+    return await _info(line)
 
 
 @router.post("/adapters/{name}/rollback")
-async def rollback(store: StoreDep, body: RollbackRequest, operator: OperatorDep) -> AdapterInfo:
+async def rollback(line: NamedDep, body: RollbackRequest, operator: OperatorDep) -> AdapterInfo:
     """Move `live` back to a version, by default to `last-good`."""
-    to = body.to or "last-good"
+    store, to = line.store, body.to or "last-good"
     change = asyncio.to_thread(lambda: store.rollback(store.resolve(to)))
-    await operator.act("adapter_rolled_back", {"to": to}, change)
-    return await _adapter_info(operator.services)
+    await operator.act(line, "adapter_rolled_back", {"to": to}, change)
+    return await _info(line)
 
 
 @router.post("/adapters/{name}/reset")
-async def reset(store: StoreDep, body: ResetRequest, operator: OperatorDep) -> VersionInfo:
+async def reset(line: NamedDep, body: ResetRequest, operator: OperatorDep) -> VersionInfo:
     """Publish the weights of `to` as a new version and make it live; `base` unlearns everything."""
-
-    buffer = operator.services.buffer
+    store, buffer = line.store, line.buffer
 
     async def change() -> Manifest:
         if body.purge_buffer and not (await buffer.status()).connected:
             raise ServiceError("buffer_unavailable")  # before anything moves: the caller will try again
         return await asyncio.to_thread(lambda: store.reset(store.resolve(body.to)))
 
-    made = await operator.act("adapter_reset", body.model_dump(), change())
+    made = await operator.act(line, "adapter_reset", body.model_dump(), change())
     if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
-        await operator.act("buffer_purged", {}, buffer.purge())
+        await operator.act(line, "buffer_purged", {}, buffer.purge())
     return _version_info(made)
 
 
 @router.post("/adaptation/pause")
-async def pause(operator: OperatorDep) -> AdaptationStatus:
+async def pause(line: MeantDep, operator: OperatorDep) -> AdaptationStatus:
     """Stop learning; answering goes on."""
-    return await _set_paused(operator, "adaptation_paused", True)
+    return await _set_paused(line, operator, "adaptation_paused", True)
 
 
 @router.post("/adaptation/resume")
-async def resume(operator: OperatorDep) -> AdaptationStatus:
+async def resume(line: MeantDep, operator: OperatorDep) -> AdaptationStatus:
     """Learn again."""
-    return await _set_paused(operator, "adaptation_resumed", False)
+    return await _set_paused(line, operator, "adaptation_resumed", False)
 
 
 @router.post("/adaptation/erase")
-async def erase(body: EraseRequest, operator: OperatorDep) -> Erased:
+async def erase(line: MeantDep, body: EraseRequest, operator: OperatorDep) -> Erased:
     """Erase queries wherever they are: in the buffer, in memory, and in versions that learned from them.
 
     Those versions are dropped with all that came from them; `live` goes back to the nearest one that stays.
     """
-    services = operator.services
-    if not (await services.buffer.status()).connected:
+    buffer, engine = line.buffer, line.engine
+    if not (await buffer.status()).connected:
         raise ServiceError("buffer_unavailable")  # before anything is gone: the caller will try again
     withdrawn = 0
     for query_id in body.query_ids:
-        withdrawn += await services.buffer.withdraw(query_id)
-    erasing = asyncio.to_thread(services.store.erase, body.query_ids)
-    gone = await operator.act("queries_erased", {"num": len(body.query_ids)}, erasing)
-    await services.engine.forget(gone.dropped)
-    await services.buffer.compact()
+        withdrawn += await buffer.withdraw(query_id)
+    erasing = asyncio.to_thread(line.store.erase, body.query_ids)
+    gone = await operator.act(line, "queries_erased", {"num": len(body.query_ids)}, erasing)
+    await engine.forget(gone.dropped)
+    await buffer.compact()
     return Erased(
         withdrawn=withdrawn,
         dropped=[version_name(number) for number in gone.dropped],
         live=version_name(gone.live.version),
-        serving=version_name(services.engine.serving),
+        serving=version_name(engine.serving),
     )
 
 
-async def _set_paused(operator: Operator, event: str, paused: bool) -> AdaptationStatus:
-    await operator.act(event, {}, asyncio.to_thread(operator.services.store.set_paused, paused))
-    return await _adaptation_status(operator.services)
+async def _set_paused(line: Line, operator: Operator, event: str, paused: bool) -> AdaptationStatus:
+    await operator.act(line, event, {}, asyncio.to_thread(line.store.set_paused, paused))
+    return await _adaptation_status(line)
 
 
 # --- store to wire -----------------------------------------------------------------------------------
 
 
-async def _adapter_info(services: Services) -> AdapterInfo:
-    store = services.store
-    live, aliases, versions = await asyncio.to_thread(lambda: (store.live(), store.aliases(), store.versions()))
-    resident, leases = services.engine.residency()
+async def _info(line: Line) -> AdapterInfo:
+    return await asyncio.to_thread(_adapter_info, line.store, line.engine)
+
+
+def _adapter_info(store: AdapterStore, engine: Engine | None) -> AdapterInfo:
+    """Of an adapter without an engine, what it will serve when somebody asks it."""
+    live, aliases, versions = store.live(), store.aliases(), store.versions()
+    resident, leases = engine.residency() if engine else ([BASE], {})
     return AdapterInfo(
         name=store.name,
         aliases={alias: version_name(number) for alias, number in aliases.items()},
         live=version_name(live.version),
-        serving=version_name(services.engine.serving),
+        serving=version_name(engine.serving if engine else live.version),
         generation=live.generation,
         num_versions=len(versions),
         resident=[version_name(number) for number in resident],
@@ -275,8 +312,8 @@ async def _adapter_info(services: Services) -> AdapterInfo:
     )
 
 
-async def _adaptation_status(services: Services) -> AdaptationStatus:
-    store, serving = services.store, services.engine.serving
+async def _adaptation_status(line: Line) -> AdaptationStatus:
+    store, serving = line.store, line.engine.serving
     live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
     low, high = sorted((serving, live.version))
     return AdaptationStatus(
@@ -285,8 +322,8 @@ async def _adaptation_status(services: Services) -> AdaptationStatus:
         live=version_name(live.version),
         serving=version_name(serving),
         lag_versions=sum(low < number <= high for number in versions),
-        buffer=await services.buffer.status(),
-        worker=await services.buffer.read_worker(),
+        buffer=await line.buffer.status(),
+        worker=await line.buffer.read_worker(),
     )
 
 

@@ -73,10 +73,16 @@ class Found:
 class Resident:
     """A version whose weights are loaded: where they are (None: the base), what they are, and its temperature."""
 
+    adapter: str
     version: int
     slot: str | None
     digest: str
     temperature: float = 1.0
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """What tells it from the others."""
+        return self.adapter, self.version
 
 
 @dataclass(frozen=True, slots=True, eq=False)

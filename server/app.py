@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -14,16 +15,15 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 import servetune
-from servetune.adapters.store import AdapterStore
 from servetune.server import admin, chat, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
 from servetune.server.description import complete
-from servetune.server.engine import Engine
 from servetune.server.errors import as_service_error, problem
 from servetune.server.idempotency import Idempotency
 from servetune.server.images import ImageReader
+from servetune.server.lines import Lines
 from servetune.server.middleware import BodyCap, Boundary, LocalOnly
 from servetune.server.quota import Quota
 from servetune.server.service import AnswerService, Services
@@ -36,18 +36,16 @@ class UndeclaredScope(RuntimeError):
 
 def create_app(
     settings: Settings,
-    engine: Engine,
-    store: AdapterStore,
-    buffer: QueryBuffer,
+    lines: Lines,
     access: Access,
     audit: AuditLog,
 ) -> FastAPI:
-    """The HTTP application. Its lifespan starts and stops the engine and closes the buffer.
+    """The HTTP application. Its lifespan starts and stops the adapters.
 
     Raises:
         UndeclaredScope: some route declares no scope; nothing is served by accident.
     """
-    answers = AnswerService(settings, engine, buffer, ImageReader(settings))
+    answers = AnswerService(settings, lines, ImageReader(settings))
     app = FastAPI(
         title="servetune",
         version=servetune.__version__,
@@ -57,9 +55,8 @@ def create_app(
         exception_handlers={HTTPException: _render, RequestValidationError: _render},
         openapi_url=None,  # served by our own routes, behind the same keys as the rest
     )
-    app.state.services = Services(
-        settings, engine, store, buffer, access, audit, answers, Quota(settings.requests_per_minute)
-    )
+    quota = Quota(settings.requests_per_minute)
+    app.state.services = Services(settings, lines, access, audit, answers, quota)
     app.include_router(routes.router)
     app.include_router(chat.router)
     if access.has_admin_key:
@@ -75,15 +72,20 @@ def create_app(
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     services: Services = app.state.services
     services.answers.start()
-    await services.engine.start()
+    lines = services.lines
+    await lines.start()
     own_redis = services.settings.redis_url is None
-    compacting = asyncio.create_task(services.buffer.keep_compact()) if own_redis else None
+    buffers = partial(_buffers, lines)
+    compacting = asyncio.create_task(lines.first.buffer.keep_compact(buffers)) if own_redis else None
     yield
     if compacting:
         compacting.cancel()
     await services.answers.drain()
-    await services.engine.stop()
-    await services.buffer.close()
+    await lines.stop()
+
+
+def _buffers(lines: Lines) -> list[QueryBuffer]:
+    return [line.buffer for line in lines.in_use()]
 
 
 def _middleware(settings: Settings, access: Access) -> list[Middleware]:

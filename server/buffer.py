@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -79,6 +79,9 @@ class Delivery:
     deliveries: int
 
 
+WORKERS = "servetune:workers"
+
+
 def _key(settings: Settings, name: str) -> str:
     return f"servetune:{{{settings.adapter}}}:{name}"
 
@@ -123,22 +126,30 @@ class _Circuit:
             log.info("buffer_available")
 
 
+class _Shared:
+    """What the buffers of all adapters have in common: the Redis, whether it is up, and its room."""
+
+    def __init__(self) -> None:
+        self.circuit = _Circuit()
+        self.slots = asyncio.Semaphore(CONNECTIONS)
+        self.num_adapters = 1
+
+
 class QueryBuffer:
-    """The API's end: stores queries and tells what became of them.
+    """The API's end for one adapter: stores queries and tells what became of them.
 
     Every command runs in a task of its own, so that a cancelled caller never leaves a connection with an
     unread reply.
     """
 
-    def __init__(self, settings: Settings, client: Any, cipher: Cipher) -> None:
+    def __init__(self, settings: Settings, client: Any, cipher: Cipher, shared: _Shared | None = None) -> None:
         self._settings = settings
         self._redis = client  # Any: redis-py types one signature for both of its clients
         self._cipher = cipher
         self._queries = _key(settings, "queries")
         self._ttl_ms = settings.buffer_ttl_s * 1000
         self._ready = False
-        self._circuit = _Circuit()
-        self._slots = asyncio.Semaphore(CONNECTIONS)
+        self._shared = shared or _Shared()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @classmethod
@@ -153,6 +164,15 @@ class QueryBuffer:
                 retry=Retry(NoBackoff(), 0),
             )
             return cls(settings, redis.asyncio.Redis.from_pool(pool), Cipher(load_key(settings)))
+
+    def of(self, adapter: str) -> QueryBuffer:
+        """The buffer of another adapter, on the same connections."""
+        settings = self._settings.model_copy(update={"adapter": adapter})
+        return QueryBuffer(settings, self._redis, self._cipher, self._shared)
+
+    def share_among(self, num_adapters: int) -> None:
+        """How many adapters have an equal part of `buffer_bytes`, so that none can fill what the others need."""
+        self._shared.num_adapters = max(1, num_adapters)
 
     async def put(self, query: Query, client: str) -> None:
         """Store the query for learning; on return it is durable. Raises Skipped.
@@ -189,22 +209,22 @@ class QueryBuffer:
         while not await self._shielded(self._compact()):
             await asyncio.sleep(COMPACT_POLL_S)
 
-    async def keep_compact(self) -> None:
-        """Write the file anew as often as what leaves the buffer asks for; runs until it is cancelled."""
+    async def keep_compact(self, buffers: Callable[[], Sequence[QueryBuffer]]) -> None:
+        """Write the file anew as often as what leaves the buffers asks for; runs until it is cancelled."""
         pause_s = min(COMPACT_S[1], max(COMPACT_S[0], self._settings.buffer_ttl_s / 10))
         before = 0
         while True:
             await asyncio.sleep(pause_s)
-            found = await self.status()
-            gone = found.ledger.get("acked", 0) - found.waiting - found.pending
-            if found.connected and gone != before:
+            found = [await buffer.status() for buffer in buffers()]
+            gone = sum(each.ledger.get("acked", 0) - each.waiting - each.pending for each in found)
+            if all(each.connected for each in found) and gone != before:
                 with suppress(BufferUnavailable):
                     await self.compact()
                     before = gone
 
     async def _compact(self) -> bool:
         """Whether it has begun, or never will."""
-        with self._circuit:
+        with self._shared.circuit:
             try:
                 await self._redis.execute_command("BGREWRITEAOF")
             except ResponseError as refusal:
@@ -225,12 +245,13 @@ class QueryBuffer:
         """The worker's last heartbeat. Never raises."""
         try:
             report = await self._shielded(self._command("GET", _key(self._settings, "worker")))
+            is_there = report or await self._shielded(self._command("GET", WORKERS))
         except BufferUnavailable:
-            report = None
+            return WorkerStatus(state="absent")
         try:
             return WorkerStatus.model_validate_json(report or b"")
         except ValidationError:  # none, or one of another version of servetune
-            return WorkerStatus(state="absent")
+            return WorkerStatus(state="idle" if is_there else "absent")
 
     async def close(self) -> None:
         """Wait for what is being stored, then disconnect."""
@@ -240,7 +261,7 @@ class QueryBuffer:
 
     async def _store(self, query: Query, client: str) -> str:
         """Store the query; the reason if it was not."""
-        async with self._slots:
+        async with self._shared.slots:
             try:
                 digest, sealed = await asyncio.to_thread(self._seal, query)
                 reply: bytes = await self._command(*self._enqueue(query, client, digest, sealed))
@@ -259,7 +280,8 @@ class QueryBuffer:
         client_cap = max(1, int(limit * self._settings.buffer_client_share))
         # Of each client: who was told "duplicate" would know what somebody else had asked.
         digest = self._cipher.mark("seen", client.encode(), digest.encode())
-        quota = (self._ttl_ms, limit, self._settings.buffer_bytes, client_cap)
+        room = self._settings.buffer_bytes // self._shared.num_adapters
+        quota = (self._ttl_ms, limit, room, client_cap)
         return "FCALL", "servetune_enqueue", 1, self._queries, query.id, digest, client_mark, sealed, *quota
 
     async def _count_unconfirmed(self, storing: asyncio.Task[str]) -> None:
@@ -280,7 +302,7 @@ class QueryBuffer:
         return task
 
     async def _command(self, *command: Any) -> Any:
-        with self._circuit:
+        with self._shared.circuit:
             if not self._ready:
                 await self._set_up()
             try:
@@ -377,18 +399,35 @@ class QueryStream:
         ids = (delivery.entry_id for delivery in deliveries)
         self._call("release", self._consumer, self._lease_ms, int(failed), *ids)
 
+    def of(self, adapter: str) -> QueryStream:
+        """The stream of another adapter, on the same connections."""
+        settings = self._settings.model_copy(update={"adapter": adapter})
+        return QueryStream(settings, self._redis, self._cipher, self._consumer)
+
+    def waiting(self, adapters: Sequence[str]) -> list[str]:
+        """Those of some adapters that have queries in the buffer, under lease or not."""
+        with _unavailable(), self._redis.pipeline(transaction=False) as asking:
+            for adapter in adapters:
+                asking.xlen(_key(self._settings.model_copy(update={"adapter": adapter}), "queries"))
+            return [adapter for adapter, num in zip(adapters, asking.execute(), strict=True) if num]
+
+    def beat(self) -> None:
+        """Tell that there is a worker, for the adapters that it has no place for yet."""
+        self._command("SET", WORKERS, "1", "PX", self._lease_ms)
+
     def report(self, status: WorkerStatus) -> None:
         """Leave a heartbeat; without another within `lease_s` the worker is absent."""
         self._command("SET", _key(self._settings, "worker"), status.model_dump_json(), "PX", self._lease_ms)
 
-    def close(self) -> None:
-        """Leave the group, where Redis can be reached, and disconnect."""
-        try:
+    def leave(self) -> None:
+        """Leave the group, where Redis can be reached: else the next worker to leave forgets this one."""
+        with suppress(BufferUnavailable):
             self._call("leave", self._consumer, FORGET_LEASES * self._lease_ms)
-        except BufferUnavailable:
-            pass  # the next worker to leave forgets this one
-        finally:
-            self._redis.close()
+
+    def close(self) -> None:
+        """Leave the group and disconnect."""
+        self.leave()
+        self._redis.close()
 
     def _read(self, limit: int, block_s: float) -> list[list[Any]]:
         """New entries, opened. A crash in between leaves them under lease."""

@@ -17,6 +17,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import UnknownVersion, version_name
 from servetune.clients.types import Answer, AnswerRequest, ImageUrl
@@ -26,12 +27,12 @@ from servetune.server.bodies import is_opted_out, refuse_nul
 from servetune.server.description import CHAT_BODY, EVENTS, openai_problems
 from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError, as_service_error, invalid_request, openai_error
+from servetune.server.lines import AT
 from servetune.server.middleware import VERSION_HEADER
-from servetune.server.routes import USER, ServicesDep, asker, while_connected
+from servetune.server.routes import ServicesDep, UserDep, asker, while_connected
 from servetune.server.service import Services
 
 MAX_TOKENS = 256  # where a request does not say
-AT = "@"  # between an adapter and one of its aliases or versions
 
 router = APIRouter()
 
@@ -139,44 +140,50 @@ async def completions(
     request: Request, body: ChatRequest, services: ServicesDep, caller: Annotated[Principal, Depends(asker)]
 ) -> Response:
     """A chat completion about the images in one user message, by the adapter that `model` names."""
-    asked = await question(body, services)
+    asked = await question(body, services, caller)
     refuse_nul(asked)
     opted_out = is_opted_out(request.headers)
-    exchange = Exchange(body, asked, services, caller.id, request.state.request_id, opted_out)
+    exchange = Exchange(body, asked, services, caller, request.state.request_id, opted_out)
     return await while_connected(request, exchange.stream() if body.stream else exchange.whole())
 
 
-@router.get("/v1/models", responses=openai_problems(401), dependencies=USER)
-async def models(services: ServicesDep) -> dict[str, Any]:
-    """The base model, the adapter, and each of its aliases and versions, as a model each."""
-    return {"object": "list", "data": await asyncio.to_thread(_cards, services)}
+@router.get("/v1/models", responses=openai_problems(401))
+async def models(services: ServicesDep, caller: UserDep) -> dict[str, Any]:
+    """The base model, the caller's adapter with its aliases and versions, and other adapters, as a model each."""
+    return {"object": "list", "data": await _cards(services, caller)}
 
 
-@router.get("/v1/models/{model:path}", responses=openai_problems(401, 404), dependencies=USER)
-async def model(model: str, services: ServicesDep) -> dict[str, Any]:
+@router.get("/v1/models/{model:path}", responses=openai_problems(401, 404))
+async def model(model: str, services: ServicesDep, caller: UserDep) -> dict[str, Any]:
     """One of the models."""
-    for card in await asyncio.to_thread(_cards, services):
+    for card in await _cards(services, caller):
         if card["id"] == model:
             return card
-    raise _no_model(model, services)
+    raise _no_model(services, caller)
 
 
-def _cards(services: Services) -> list[dict[str, Any]]:
-    store, base = services.store, services.engine.model_name
-    cards = [_card(services, base, BASE, None), _card(services, store.name, store.live().version, base)]
-    cards += [
-        _card(services, f"{store.name}{AT}{alias}", number, base) for alias, number in store.aliases().items()
-    ]
+async def _cards(services: Services, caller: Principal) -> list[dict[str, Any]]:
+    own = await services.lines.find(_own(services, caller))
+    others = [] if caller.adapter else [name for name in await services.lines.names() if name != own.name]
+    stores = [services.lines.look(name)[0] for name in others]
+    return await asyncio.to_thread(_cards_of, own.store, stores, own.engine.model_name)
+
+
+def _cards_of(store: AdapterStore, others: Sequence[AdapterStore], base: str) -> list[dict[str, Any]]:
+    cards = [_card(store, base, BASE, None, base)]
+    cards += [_card(each, each.name, each.live().version, base, base) for each in (store, *others)]
+    for alias, number in store.aliases().items():
+        cards.append(_card(store, f"{store.name}{AT}{alias}", number, base, base))
     for number in store.versions():
         parent = store.manifest(number).parent
         above = base if parent is None else f"{store.name}{AT}{version_name(parent)}"
-        cards.append(_card(services, f"{store.name}{AT}{version_name(number)}", number, above))
+        cards.append(_card(store, f"{store.name}{AT}{version_name(number)}", number, above, base))
     return cards
 
 
-def _card(services: Services, name: str, version: int, parent: str | None) -> dict[str, Any]:
-    created = int(services.store.manifest(version).created)
-    root = services.engine.model_name if parent is None else f"{services.store.name}{AT}{version_name(version)}"
+def _card(store: AdapterStore, name: str, version: int, parent: str | None, base: str) -> dict[str, Any]:
+    created = int(store.manifest(version).created)
+    root = base if parent is None else f"{store.name}{AT}{version_name(version)}"
     return {
         "id": name,
         "object": "model",
@@ -190,7 +197,7 @@ def _card(services: Services, name: str, version: int, parent: str | None) -> di
 # --- the request -------------------------------------------------------------------------------------
 
 
-async def question(body: ChatRequest, services: Services) -> AnswerRequest:
+async def question(body: ChatRequest, services: Services, caller: Principal) -> AnswerRequest:
     """The question that a chat asks, in our own words.
 
     Raises:
@@ -207,7 +214,7 @@ async def question(body: ChatRequest, services: Services) -> AnswerRequest:
         "max_tokens": body.max_completion_tokens or body.max_tokens or MAX_TOKENS,
         "temperature": temperature,
         "seed": body.seed,
-        "adapter": await asyncio.to_thread(_adapter, body.model, services),
+        "adapter": await _adapter(body.model, services, caller),
         "adapt": body.adapt,
         "deadline_s": body.deadline_s,
     }
@@ -238,25 +245,29 @@ def _content(messages: Sequence[Message]) -> tuple[str, list[str]]:
     return "\n".join(word for word in map(str.strip, words) if word), images
 
 
-def _adapter(model: str, services: Services) -> str:
-    """The choice of a version that a model's name stands for. Raises ServiceError."""
-    store = services.store
-    name, at, choice = model.partition(AT)
-    if model == store.name:
-        return "live"
-    if model == services.engine.model_name:
+async def _adapter(model: str, services: Services, caller: Principal) -> str:
+    """The adapter and the version that a model's name stands for. Raises ServiceError."""
+    own = _own(services, caller)
+    if model == services.lines.first.engine.model_name:
         return "base"
-    if name != store.name or not at:
-        raise _no_model(model, services)
+    name, _, choice = model.partition(AT)
+    if caller.adapter not in (None, name) or name not in await services.lines.names():
+        raise _no_model(services, caller)
     try:
-        store.resolve(choice)
+        await asyncio.to_thread(services.lines.look(name)[0].resolve, choice or "live")
     except UnknownVersion:
-        raise _no_model(model, services) from None
-    return choice
+        raise _no_model(services, caller) from None
+    return (choice or "live") if name == own else f"{name}{AT}{choice or 'live'}"
 
 
-def _no_model(model: str, services: Services) -> ServiceError:
-    known = f"{services.store.name} (what is live), {services.engine.model_name} (the base)"
+def _own(services: Services, caller: Principal) -> str:
+    """The adapter of who names none."""
+    return caller.adapter or services.lines.first.name
+
+
+def _no_model(services: Services, caller: Principal) -> ServiceError:
+    base = services.lines.first.engine.model_name
+    known = f"{_own(services, caller)} (what is live), {base} (the base)"
     detail = f"No such model here: {known}, and what GET /v1/models lists."
     return ServiceError("model_not_found", detail, param="model")
 
@@ -276,14 +287,14 @@ class Exchange:
         body: ChatRequest,
         request: AnswerRequest,
         services: Services,
-        client: str,
+        caller: Principal,
         request_id: str,
         opted_out: bool,
     ) -> None:
         self._body = body
         self._request = request
         self._services = services
-        self._who = client, request_id, opted_out
+        self._who = caller, request_id, opted_out
         self._heard: asyncio.Queue[str] = asyncio.Queue()
 
     async def whole(self) -> Response:

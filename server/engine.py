@@ -1,49 +1,33 @@
-"""The serving policy on its own thread: answers, and swaps between answers.
+"""One adapter's answers: which version answers a request, and when `live` moves on to another.
 
-One thread answers, together what waits (`answering.py`). A request leases the version it was
-admitted with; a new version is read, verified, copied into a free slot and probed by a second thread, and becomes
-current by one assignment. A slot is reused only when nobody leases its version.
+A request leases the version it was admitted with; a new version is loaded beside it and becomes current by one
+assignment.
 """
 
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Collection
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeVar
 
 import structlog
-import torch
-from torch import Tensor
 
 from servetune.adapters.looks import Look, Looks
-from servetune.adapters.policy import Policy
-from servetune.adapters.sharing import release_memory
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.adapters.versions import CorruptVersion, StoreError, version_name
-from servetune.server.answering import Answering, Choice, Found, Job, Resident, entropy
+from servetune.adapters.versions import StoreError, version_name
+from servetune.server.answering import Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
+from servetune.server.stage import QueueFull, Stage
 
-T = TypeVar("T")
-SLOTS = ("slot0", "slot1", "slot2")
-PROBE_TOLERANCE = 1e-2
-PAYS = 1.25  # how much slower half as many threads must be for the others to pay
-STOP_S, STOP_POLL_S = 5.0, 0.01  # longest wait for a thread that has been told to end
-TRIALS, LONG_S = 3, 2.0  # of each number of threads, or seconds; the fastest counts
+AWAKE_S = 60.0  # how long after a question an adapter is looked at often
+SELDOM = 20  # times as long between two looks at one that nobody asks
 
 log = structlog.get_logger()
-
-
-class QueueFull(Exception):
-    """As many requests wait, or as many versions are in use, as this process can hold."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +47,7 @@ class Outcome:
     entropy: float | None
     input_tokens: int
     output_tokens: int
+    adapter: str
     version: int
     alias: str | None
     digest: str
@@ -76,27 +61,19 @@ class Outcome:
 class Engine:
     """Answers queries with any version of one adapter. Its methods run on the event loop's thread."""
 
-    def __init__(self, policy: Policy, store: AdapterStore, settings: Settings) -> None:
+    def __init__(self, stage: Stage, store: AdapterStore, settings: Settings) -> None:
+        family = stage.policy.family
         self.store = store
         self.model_name = settings.model
         self.base_digest = store.manifest(BASE).base_digest
-        self.device = str(policy.family.device)
-        self.dtype = str(policy.family.model.dtype).removeprefix("torch.")
-        self.recognition_question = settings.recognition_question or policy.family.recognition_question
+        self.device = str(family.device)
+        self.dtype = str(family.model.dtype).removeprefix("torch.")
+        self.recognition_question = settings.recognition_question or family.recognition_question
         self.serving = BASE
-        self.stands_still = False
-        self._policy = policy
-        self._settings = settings
-        # The number of threads is a property of each thread that calls torch.
-        self._thread = ThreadPoolExecutor(1, "engine", torch.set_num_threads, (settings.serve_threads,))
-        self._loader = ThreadPoolExecutor(1, "loader", torch.set_num_threads, (1,))
-        self._answering = Answering(policy, settings.prompt_cache_bytes)
-        self._base = Resident(BASE, None, store.manifest(BASE).digest)
-        self._resident: dict[int, Resident] = {}  # besides the base, least recently used first
-        self._leases: Counter[int] = Counter()
-        self._running: set[threading.Event] = set()  # set one, and its generation ends
-        self._waiting = 0
-        self._loading = asyncio.Lock()
+        self.stage = stage
+        stage.introduce(store)
+        self._poll_s = settings.swap_poll_s
+        self._asked = self._looked = time.monotonic()
         self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
         self._watcher: asyncio.Task[None] | None = None
 
@@ -105,29 +82,13 @@ class Engine:
     async def start(self) -> None:
         """Load the live version and begin to follow the alias."""
         await self.refresh()
-        await self._run(self._warm)
+        await self.stage.start()
         self._watcher = asyncio.create_task(self._watch())
 
-    def _warm(self) -> None:
-        self._policy.warm()
-        threads = fewest_threads(self._policy.rehearse, self._settings.serve_threads)
-        log.info("threads_chosen", threads=threads, at_most=self._settings.serve_threads)
-        release_memory()  # what loading took
-        gc.freeze()  # or a full collection goes through all of the libraries' objects: 0.2 s of nothing else
-
-    async def stop(self) -> None:
-        """End the generation under way and refuse further ones; `stands_still` says if that came to no end."""
+    def stop(self) -> None:
+        """Follow the alias no longer."""
         if self._watcher:
             self._watcher.cancel()
-        for stop in self._running:
-            stop.set()
-        self._answering.cancel()
-        try:
-            async with asyncio.timeout(STOP_S):
-                for thread in (self._loader, self._thread):
-                    await _ended(thread)
-        except TimeoutError:
-            self.stands_still = True
 
     def ready(self) -> bool:
         """Has `start` verified a version?"""
@@ -135,15 +96,15 @@ class Engine:
 
     def wait_s(self, ahead: int) -> float:
         """How long a request will wait for so many others, going by how long answers have taken of late."""
-        return ahead * self._answering.pace_s
+        return self.stage.wait_s(ahead)
 
     async def ping(self) -> None:
-        """A no-op through the engine's thread."""
-        await self._run(lambda: None)
+        """A no-op through the model's thread."""
+        await self.stage.run(lambda: None)
 
     def residency(self) -> tuple[list[int], dict[int, int]]:
         """Versions whose weights are loaded (the base always is), and how many requests hold each."""
-        return sorted({BASE, *self._resident}), {v: n for v, n in self._leases.items() if n}
+        return self.stage.residency(self.store.name)
 
     # --- answers -------------------------------------------------------------------------------------
 
@@ -166,17 +127,17 @@ class Engine:
         Raises:
             UnknownVersion: no such alias or version.
             CorruptVersion: that version does not pass verification.
-            QueueFull: too many requests wait, or three other versions are in use.
+            QueueFull: too many requests wait, or as many other versions are in use as can be loaded.
         """
         asked = time.perf_counter()
-        version = self.serving if choice == "live" else await asyncio.to_thread(self.store.resolve, choice)
+        version = await self._version(choice)
         looks: Looks | None = None
-        async with self._hold(version) as resident:
+        async with self.stage.hold(self.store, version) as resident:
             whole = (
                 sampling if deadline is None else replace(sampling, top_k=max(sampling.top_k, len(query.labels)))
             )
             ask = partial(self._ask, query, whole, resident, listen=listen and _from_thread(listen))
-            found = await self._on_thread(resident, ask)
+            found = await self.stage.perform(resident, ask)
             inference_s = found.inference_s
             if deadline is not None:
                 looks = Looks(query, sampling, dict(found.candidates), resident.temperature)
@@ -194,6 +155,7 @@ class Engine:
             choices=found.choices,
             input_tokens=found.input_tokens,
             output_tokens=found.output_tokens,
+            adapter=resident.adapter,
             version=resident.version,
             alias=None if choice == version_name(version) else choice,
             digest=resident.digest,
@@ -210,7 +172,7 @@ class Engine:
         while not looks.done and (began := clock()) + expected_s <= deadline:
             try:
                 async with asyncio.timeout_at(deadline):
-                    look, look_s = await self._on_thread(
+                    look, look_s = await self.stage.perform(
                         resident, partial(self._look_on_thread, looks, resident.slot)
                     )
             except (QueueFull, TimeoutError):  # others need the model more, or have kept it for too long
@@ -223,36 +185,13 @@ class Engine:
             expected_s = max(expected_s, clock() - began)
         return computed_s
 
-    @asynccontextmanager
-    async def _hold(self, version: int) -> AsyncIterator[Resident]:
-        """Lease a version, also while nothing runs on it: its slot is not given to another."""
-        self._leases[version] += 1
-        try:
-            yield await self._make_resident(version)
-        finally:
-            self._leases[version] -= 1
-
-    async def _on_thread(self, resident: Resident, submit: Callable[[threading.Event], Future[T]]) -> T:
-        """What is submitted to the thread for a version, at the end of the queue. Raises QueueFull."""
-        if self._waiting >= self._settings.queue_size:
-            raise QueueFull
-        stop = threading.Event()
-        job = submit(stop)
-        self._leases[resident.version] += 1
-        self._waiting += 1
-        # The lease ends when the thread is done with it, not when an impatient caller is.
-        loop = asyncio.get_running_loop()
-        job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, resident.version))
-        self._running.add(stop)
-        try:
-            return await asyncio.wrap_future(job)
-        finally:
-            stop.set()  # whoever is cancelled or too late does not keep the model
-            self._running.discard(stop)
-
-    def _release(self, version: int) -> None:
-        self._waiting -= 1
-        self._leases[version] -= 1
+    async def _version(self, choice: str) -> int:
+        if choice != "live":
+            return await asyncio.to_thread(self.store.resolve, choice)
+        self._asked = time.monotonic()
+        if self._asked - self._looked > 2 * self._poll_s + 1:  # nobody has asked for a while
+            await self.refresh()
+        return self.serving
 
     def _ask(
         self,
@@ -264,17 +203,18 @@ class Engine:
     ) -> Future[Found]:
         """Let a query wait; every query comes with a turn, and a turn answers all that it can together."""
         job = Job(query, sampling, version, stop, Future(), listen)
-        self._answering.add(job)
-        self._thread.submit(self._answering.turn)
+        self.stage.answering.add(job)
+        self.stage.submit(self.stage.answering.turn)
         return job.found
 
     def _look_on_thread(self, looks: Looks, slot: str | None, stop: threading.Event) -> Future[tuple[Look, float]]:
-        return self._thread.submit(self._look, slot, stop, looks)
+        return self.stage.submit(partial(self._look, slot, stop, looks))
 
     def _look(self, slot: str | None, stop: threading.Event, looks: Looks) -> tuple[Look, float]:
         began = time.perf_counter()
-        self._policy.use(slot)
-        return looks.take(self._policy, stop), time.perf_counter() - began
+        policy = self.stage.policy
+        policy.use(slot)
+        return looks.take(policy, stop), time.perf_counter() - began
 
     # --- versions ------------------------------------------------------------------------------------
 
@@ -284,11 +224,12 @@ class Engine:
         Returns:
             the version served afterwards.
         """
+        self._looked = time.monotonic()
         live = await asyncio.to_thread(self.store.live)
         if live.version == self.serving or self._refused == (live.generation, live.version):
             return self.serving
         try:
-            await self._make_resident(live.version)
+            await self.stage.load(self.store, live.version)
         except (StoreError, RuntimeError) as error:  # torch raises RuntimeError, out of memory included
             self._refused = (live.generation, live.version)
             log.error("swap_refused", version=version_name(live.version), error=type(error).__name__)
@@ -296,6 +237,7 @@ class Engine:
             pass  # all slots are leased: the swap waits, the requests do not
         else:
             before, self.serving = self.serving, live.version
+            self.stage.serve(self.store, live.version)
             log.info("swapped", version=version_name(live.version), previous=version_name(before))
         return self.serving
 
@@ -304,70 +246,16 @@ class Engine:
 
         Raises TimeoutError where the model stands still; it forgets when it goes on.
         """
-        for version in versions:
-            if not self._leases[version] and version != self.serving:  # until another is loaded
-                self._resident.pop(version, None)
-        async with asyncio.timeout(self._settings.request_timeout_s):
-            await asyncio.shield(self._run(self._forget))  # it comes to it, however late
-
-    def _forget(self) -> None:
-        self._policy.forget_images()
-        self._answering.forget_prompts()
+        await self.stage.forget(self.store.name, versions)
 
     async def _watch(self) -> None:
         while True:
-            await asyncio.sleep(self._settings.swap_poll_s)
+            is_asked = time.monotonic() - self._asked < AWAKE_S
+            await asyncio.sleep(self._poll_s * (1 if is_asked else SELDOM))
             try:
                 await self.refresh()
             except Exception as error:  # nothing that happens to a new version may end the serving of the old
                 log.error("refresh_failed", error=type(error).__name__)
-
-    async def _make_resident(self, version: int) -> Resident:
-        """A version with its weights loaded and verified. Raises QueueFull, CorruptVersion."""
-        if version == BASE:
-            return self._base
-        if version not in self._resident:  # who asks a resident version does not wait while another is loaded
-            async with self._loading:
-                if version not in self._resident:
-                    self._resident[version] = await self._loaded(version)
-        self._resident[version] = self._resident.pop(version)  # most recently used
-        return self._resident[version]
-
-    async def _loaded(self, version: int) -> Resident:
-        slot = self._free_slot()
-        manifest = await asyncio.to_thread(self.store.manifest, version)
-        weights = await asyncio.to_thread(self.store.weights, version)
-        loading = self._loader.submit(self._load, slot, weights, manifest.probe, version)
-        await asyncio.wrap_future(loading)
-        return Resident(version, slot, manifest.digest, manifest.temperature)
-
-    def _free_slot(self) -> str:
-        used = {resident.slot for resident in self._resident.values()}
-        for slot in SLOTS:
-            if slot not in used:
-                return slot
-        for version, resident in self._resident.items():
-            if version != self.serving and not self._leases[version] and resident.slot:
-                del self._resident[version]
-                return resident.slot
-        raise QueueFull
-
-    def _load(self, slot: str, weights: Mapping[str, Tensor], probe: tuple[float, ...], version: int) -> None:
-        """Fill a slot and make sure that it answers as it did where it was made."""
-        try:
-            self._policy.load(slot, weights)
-        except ValueError as error:
-            raise CorruptVersion(f"{version_name(version)}: {error}") from error
-        self._policy.use(slot)
-        ours, theirs = torch.tensor(self._policy.probe()), torch.tensor(probe)
-        if not torch.allclose(
-            ours, theirs, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(theirs.abs().max())
-        ):
-            raise CorruptVersion(f"{version_name(version)} does not answer its probe as it did when it was made")
-
-    async def _run(self, job: Callable[[], T]) -> T:
-        future: Future[T] = self._thread.submit(job)
-        return await asyncio.wrap_future(future)
 
 
 def _from_thread(listen: Callable[[str], None]) -> Callable[[str], None]:
@@ -378,39 +266,6 @@ def _from_thread(listen: Callable[[str], None]) -> Callable[[str], None]:
         loop.call_soon_threadsafe(listen, text)
 
     return tell
-
-
-async def _ended(pool: ThreadPoolExecutor) -> None:
-    """Take no more work, and wait for what runs."""
-    pool.shutdown(wait=False, cancel_futures=True)
-    while any(thread.is_alive() for thread in pool._threads):
-        await asyncio.sleep(STOP_POLL_S)
-
-
-def fewest_threads(work: Callable[[], object], most: int) -> int:
-    """Let the calling thread use half as many threads for tensors as long as that hardly costs; how many are left.
-
-    A small model is no faster with more threads than its matrices are worth, and waits for each of them wherever
-    another process wants a processor too.
-    """
-    chosen, best_s = most, _fastest_s(work, most)
-    while chosen > 1:  # downwards: a large model is not to be tried with one thread
-        spent_s = _fastest_s(work, chosen // 2)
-        if spent_s > PAYS * best_s:
-            break
-        chosen, best_s = chosen // 2, min(best_s, spent_s)
-    torch.set_num_threads(chosen)
-    return chosen
-
-
-def _fastest_s(work: Callable[[], object], threads: int) -> float:
-    torch.set_num_threads(threads)
-    spent_s: list[float] = []
-    while len(spent_s) < TRIALS and sum(spent_s) < LONG_S:
-        began = time.perf_counter()
-        work()
-        spent_s.append(time.perf_counter() - began)
-    return min(spent_s)
 
 
 def _pooled(found: Found, looks: Looks, sampling: Sampling) -> Found:

@@ -28,7 +28,7 @@ from servetune.adapters.versions import (
 )
 from servetune.clients.types import Problem
 from servetune.server.buffer import BufferUnavailable
-from servetune.server.engine import QueueFull
+from servetune.server.stage import QueueFull
 
 PROBLEMS: dict[str, tuple[int, str]] = {
     "invalid_json": (400, "The body is not valid JSON"),

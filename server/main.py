@@ -28,20 +28,21 @@ import uvicorn
 from pydantic_settings import SettingsError
 
 from servetune.adapters.family import UnsupportedModel
+from servetune.adapters.policy import Policy
 from servetune.adapters.versions import StoreError
 from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
-from servetune.server.engine import SLOTS, Engine
-from servetune.server.model import load_policy, open_store, worker_lock
+from servetune.server.lines import Lines
+from servetune.server.model import Stores, load_policy
 from servetune.server.protocol import TimelyProtocol
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, Stage
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
 EXAMPLE = Path("examples/images/fluent-emoji-flat/airplane.png")  # in a clone of the repository
-LOCK_POLL_S = 0.5
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 PR_SET_PDEATHSIG = 1
 SWITCH_S = 5e-4  # a tenth of what is usual
@@ -58,7 +59,7 @@ def serve(**flags: Any) -> None:
     _log_to_stderr()
     with _plain_refusals():
         settings = Settings(**flags)
-        check_bind(settings.host, bool(settings.api_keys))
+        check_bind(settings.host, bool(settings.api_keys or settings.adapter_keys))
         _check_port(settings)  # before the model is loaded
         with _redis(settings) as redis_url:
             stands_still = asyncio.run(_serve(settings, redis_url))
@@ -68,9 +69,9 @@ def serve(**flags: Any) -> None:
 
 
 def worker(**flags: Any) -> None:
-    """Learn until interrupted, from the buffer and into the store that the settings name."""
+    """Learn until interrupted, for all adapters, from the buffer and into the store that the settings name."""
     from servetune.server.worker import SLOTS as WORKER_SLOTS
-    from servetune.server.worker import Worker, yield_to_serving
+    from servetune.server.workers import Workers, yield_to_serving
 
     _log_to_stderr()
     yield_to_serving()
@@ -79,13 +80,14 @@ def worker(**flags: Any) -> None:
         signal.signal(name, lambda *_: stop.set())
     with _plain_refusals():
         settings = Settings(**flags)
-        with _only_worker(settings, stop), _redis(settings) as redis_url:
+        with _redis(settings) as redis_url:
             policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads, stays=True)
-            store = open_store(settings, policy)
+            stores = Stores(settings, policy)
+            stores.open(settings.adapter)  # what is wrong with it, the operator is to hear now
             audit = AuditLog(settings.path("audit.jsonl"))
             log.info("worker_started", model=settings.model, adapter=settings.adapter, home=str(settings.home))
             with closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream:
-                Worker(settings, policy, store, stream, audit).run(stop)
+                Workers(settings, policy, stores, stream, audit).run(stop)
 
 
 async def _serve(settings: Settings, redis_url: str) -> bool:
@@ -94,11 +96,9 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
     # buffer keep it this long each before it comes back.
     sys.setswitchinterval(SWITCH_S)
     policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads, stays=True)
-    store = await asyncio.to_thread(open_store, settings, policy)
-    engine = Engine(policy, store, settings)
-    buffer = QueryBuffer.connect(settings, redis_url)
-    access = Access.from_settings(settings)
-    app = create_app(settings, engine, store, buffer, access, AuditLog(settings.path("audit.jsonl")))
+    stage = Stage(policy, settings)
+    lines = await asyncio.to_thread(_lines, settings, policy, stage, redis_url)
+    app = create_app(settings, lines, Access.from_settings(settings), AuditLog(settings.path("audit.jsonl")))
     config = uvicorn.Config(
         app,
         http=TimelyProtocol,
@@ -120,7 +120,15 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
                     task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
-    return engine.stands_still
+    return stage.stands_still
+
+
+def _lines(settings: Settings, policy: Policy, stage: Stage, redis_url: str) -> Lines:
+    """The adapters of the home; those that have keys of their own are made."""
+    stores = Stores(settings, policy)
+    for name in sorted(set(settings.adapter_keys) - set(stores.names())):
+        stores.open(name)
+    return Lines(settings, stage, stores, QueryBuffer.connect(settings, redis_url))
 
 
 class _Server(uvicorn.Server):
@@ -185,7 +193,7 @@ def _picture_to_try() -> str:
 async def _supervise_worker(settings: Settings, redis_url: str) -> None:
     """Keep one worker running; a crash of learning is not a crash of serving."""
     # Through a pipe: everyone can read a command line, and a Redis URL may hold a password.
-    flags = settings.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})
+    flags = settings.without_secrets()
     told = json.dumps(flags | {"redis_url": redis_url}).encode()
     command = (sys.executable, "-m", "servetune.server.main", str(os.getpid()))
     pause, longest = RESTART_S
@@ -219,18 +227,6 @@ def _redis(settings: Settings) -> Iterator[str]:
         yield valkey.url
     finally:
         valkey.stop()
-
-
-@contextmanager
-def _only_worker(settings: Settings, stop: threading.Event) -> Iterator[None]:
-    """One worker per adapter and home; the second waits for the first to end."""
-    with worker_lock(settings) as take:
-        if not (held := take()):
-            log.info("waiting_for_other_worker", adapter=settings.adapter, home=str(settings.home))
-        while not (held or take()):
-            if stop.wait(LOCK_POLL_S):
-                sys.exit(0)
-        yield
 
 
 @contextmanager

@@ -64,16 +64,36 @@ def _dtype(settings: Settings, device: str) -> str:
     return "bfloat16" if faster else "float32"
 
 
-def open_store(settings: Settings, policy: Policy) -> AdapterStore:
-    """The adapter's store, with version 0 in place.
+class Stores:
+    """The stores of all adapters of a home, for one base model."""
 
-    Raises:
-        ForeignStore: the home holds this adapter for another base model or shape.
-    """
-    store = AdapterStore(settings.path("store", "x").parent, settings.adapter)
-    policy.use(None)
-    store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
-    return store
+    def __init__(self, settings: Settings, policy: Policy) -> None:
+        self._root = settings.path("store", "x").parent
+        policy.use(None)
+        self._zero = policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe()
+
+    def names(self) -> list[str]:
+        """All adapters there are, in order."""
+        return sorted(path.parent.name for path in self._root.glob("*/aliases.json"))
+
+    def at(self, adapter: str) -> AdapterStore:
+        """An adapter's store, as it is."""
+        return AdapterStore(self._root, adapter)
+
+    def open(self, adapter: str) -> AdapterStore:
+        """An adapter's store, with version 0 in place; made where there is none.
+
+        Raises:
+            ForeignStore: the home holds this adapter for another base model or shape.
+        """
+        store = self.at(adapter)
+        store.initialise(*self._zero)
+        return store
+
+
+def open_store(settings: Settings, policy: Policy) -> AdapterStore:
+    """The store of the adapter that the settings name. Raises as `Stores.open` does."""
+    return Stores(settings, policy).open(settings.adapter)
 
 
 @contextmanager

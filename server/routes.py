@@ -54,9 +54,7 @@ async def answer(
 ) -> Response:
     """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
     asked = await parse_question(request.headers, await request.body())
-    work = services.answers.answer(
-        asked.request, asked.images, caller.id, request.state.request_id, asked.opted_out
-    )
+    work = services.answers.answer(asked.request, asked.images, caller, request.state.request_id, asked.opted_out)
     reply = await while_connected(request, work)
     headers = {VERSION_HEADER: reply.adapter.version}
     return Response(reply.model_dump_json(), headers=headers, media_type="application/json")
@@ -88,7 +86,7 @@ async def livez(services: ServicesDep) -> dict[str, str]:
     """Do the event loop and the engine's thread respond?"""
     try:
         async with asyncio.timeout(LIVE_TIMEOUT_S):
-            await services.engine.ping()
+            await services.lines.first.engine.ping()
     except Exception:  # whatever is wrong with the engine, this process is not alive
         raise ServiceError("engine_unresponsive") from None
     return {"status": "ok"}
@@ -99,11 +97,12 @@ async def livez(services: ServicesDep) -> dict[str, str]:
 @router.get("/readyz", responses=problems(503), dependencies=OPEN)
 async def readyz(services: ServicesDep) -> dict[str, Any]:
     """Is a verified version loaded? The buffer is only reported: without it answers go on."""
-    if not services.engine.ready():
+    engine = services.lines.first.engine
+    if not engine.ready():
         raise ServiceError("not_ready")
     return {
         "status": "ready",
-        "serving": version_name(services.engine.serving),
+        "serving": version_name(engine.serving),
         "buffer": {"connected": await _buffer_connected(services)},
     }
 
@@ -111,20 +110,22 @@ async def readyz(services: ServicesDep) -> dict[str, Any]:
 async def _buffer_connected(services: Services) -> bool:
     try:
         async with asyncio.timeout(BUFFER_STATUS_TIMEOUT_S):
-            return (await services.buffer.status()).connected
+            return (await services.lines.first.buffer.status()).connected
     except TimeoutError:
         return False
 
 
-@router.get("/info", responses=problems(401), dependencies=USER)
-async def info(services: ServicesDep) -> Info:
-    """What is running, and what it accepts."""
-    engine, settings = services.engine, services.settings
+@router.get("/info", responses=problems(401))
+async def info(services: ServicesDep, caller: UserDep) -> Info:
+    """What is running, which adapter answers the caller, and what is accepted."""
+    settings = services.settings
+    line = await services.lines.find(caller.adapter or services.lines.first.name)
+    engine = line.engine
     return Info(
         version=servetune.__version__,
         model=engine.model_name,
         base_digest=engine.base_digest,
-        adapter=services.store.name,
+        adapter=line.name,
         serving=version_name(engine.serving),
         engine="transformers",
         device=engine.device,

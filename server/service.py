@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 import structlog
 
-from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import version_name
 from servetune.clients.types import (
@@ -29,15 +28,17 @@ from servetune.clients.types import (
     Timings,
     Usage,
 )
-from servetune.server.access import Access
+from servetune.server.access import Access, Principal
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
-from servetune.server.engine import Engine, Outcome, QueueFull
+from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError
 from servetune.server.ids import new_id
 from servetune.server.images import ImageReader
+from servetune.server.lines import Line, Lines, chosen
 from servetune.server.quota import Quota
 from servetune.server.settings import Settings
+from servetune.server.stage import QueueFull
 
 log = structlog.get_logger("servetune.service")
 
@@ -50,29 +51,30 @@ SPARE = 0.9  # share of the request's time that looking again may use up
 class AnswerService:
     """Turns wire requests into answers, and the queries among them into work for the learner."""
 
-    def __init__(self, settings: Settings, engine: Engine, buffer: QueryBuffer, images: ImageReader) -> None:
+    def __init__(self, settings: Settings, lines: Lines, images: ImageReader) -> None:
         self._settings = settings
-        self._engine = engine
+        self._lines = lines
+        self._engine = lines.first.engine
         self._images = images
-        self._keeper = Keeper(buffer)
+        self._keeper = Keeper()
         self._admitted_now = 0
 
     async def answer(
         self,
         request: AnswerRequest,
         images: Sequence[bytes | ImageInput],
-        client: str,
+        caller: Principal,
         request_id: str,
         opted_out: bool = False,
     ) -> Answer:
         """Answer one request, as `ask` does."""
-        return self.wire(request, *await self.ask(request, images, client, request_id, opted_out))
+        return self.wire(request, *await self.ask(request, images, caller, request_id, opted_out))
 
     async def ask(
         self,
         request: AnswerRequest,
         images: Sequence[bytes | ImageInput],
-        client: str,
+        caller: Principal,
         request_id: str,
         opted_out: bool = False,
         logprobs: int | None = None,
@@ -86,7 +88,7 @@ class AnswerService:
             logprobs: as `Sampling` has it. listen: as the engine has it.
 
         Raises:
-            ServiceError: the server is not ready, or an image is refused.
+            ServiceError: the server is not ready, an image is refused, or the caller has no such adapter.
             QueueFull, UnknownVersion, CorruptVersion: as the engine says.
             TimeoutError: not answered within `request_timeout_s`.
         """
@@ -94,11 +96,12 @@ class AnswerService:
         sampling = replace(_sampling(request), logprobs=logprobs)
         with self._admitted():
             async with asyncio.timeout(self._settings.request_timeout_s):
+                line, choice = await self._line(request, caller)
                 query = self._query(request, await self._images.read(images))
-                answering = self._engine.answer(query, sampling, request.adapter, deadline, listen)
-                if reason := _why_not_kept(request, opted_out):
+                answering = line.engine.answer(query, sampling, choice, deadline, listen)
+                if reason := _why_not_kept(request, choice, opted_out):
                     return await answering, skipped(reason)
-                keeping = self._keeper.keep(query, client, request_id)
+                keeping = self._keeper.keep(line.buffer, query, caller.id, request_id)
                 try:
                     outcome = await answering
                 except BaseException:  # a cancelled or failed question teaches nothing
@@ -134,6 +137,13 @@ class AnswerService:
         finally:
             self._admitted_now -= 1
 
+    async def _line(self, request: AnswerRequest, caller: Principal) -> tuple[Line, str]:
+        """Whose adapter answers, and which of its versions."""
+        name, choice = chosen(request.adapter, caller.adapter or self._lines.first.name)
+        if caller.adapter not in (None, name):  # in the words of one that is not there
+            raise ServiceError("adapter_not_found", "This server has no adapter of that name.")
+        return await self._lines.find(name), choice
+
     def _query(self, request: AnswerRequest, images: tuple[Any, ...]) -> Query:
         question = request.question or self._engine.recognition_question
         return Query(new_id("q"), images, question, tuple(request.candidate_labels or ()))
@@ -153,7 +163,7 @@ class AnswerService:
             "id": new_id("ans"),
             "created": int(time.time()),
             "model": self._engine.model_name,
-            "adapter": self._adapter(outcome),
+            "adapter": _adapter(outcome),
             "task": "recognition" if is_choice else "vqa",
             "answer": outcome.text,
             "confidence": outcome.confidence,
@@ -167,18 +177,17 @@ class AnswerService:
         }
         return Answer.model_validate(fields)
 
-    def _adapter(self, outcome: Outcome) -> AdapterRef:
-        version = version_name(outcome.version)
-        return AdapterRef(
-            name=self._engine.store.name, version=version, alias=outcome.alias, digest=outcome.digest
-        )
+
+def _adapter(outcome: Outcome) -> AdapterRef:
+    version = version_name(outcome.version)
+    return AdapterRef(name=outcome.adapter, version=version, alias=outcome.alias, digest=outcome.digest)
 
 
-def _why_not_kept(request: AnswerRequest, opted_out: bool) -> str | None:
+def _why_not_kept(request: AnswerRequest, choice: str, opted_out: bool) -> str | None:
     """Only what `live` answers is learned from, and only with the client's consent."""
     if opted_out or not request.adapt:
         return "adapt_false"
-    return None if request.adapter == "live" else "not_live"
+    return None if choice == "live" else "not_live"
 
 
 def _part(model: type[Result], outcome: Outcome) -> Result:
@@ -217,21 +226,20 @@ def _confidence_source(request: AnswerRequest, outcome: Outcome) -> str:
 
 
 class Keeper:
-    """Writes queries to the buffer in tasks of its own, which no request can cancel."""
+    """Writes queries to buffers in tasks of its own, which no request can cancel."""
 
-    def __init__(self, buffer: QueryBuffer) -> None:
-        self._buffer = buffer
+    def __init__(self) -> None:
         self._tasks: set[asyncio.Task[Any]] = set()
 
-    def keep(self, query: Query, client: str, request_id: str) -> Keeping:
+    def keep(self, buffer: QueryBuffer, query: Query, client: str, request_id: str) -> Keeping:
         """Begin to write a query."""
-        return Keeping(self.spawn(self._put(query, client, request_id)), query.id, self)
+        return Keeping(self.spawn(_put(buffer, query, client, request_id)), buffer, query.id, self)
 
-    async def undo(self, put: asyncio.Task[Adaptation], query_id: str) -> None:
+    async def undo(self, put: asyncio.Task[Adaptation], buffer: QueryBuffer, query_id: str) -> None:
         """Take a query back once its write has ended: before, there would be nothing to take."""
         await put
         try:
-            await self._buffer.withdraw(query_id)
+            await buffer.withdraw(query_id)
         except Exception as error:  # learning never fails an answer
             log.warning("withdraw_failed", query_id=query_id, error=type(error).__name__)
 
@@ -249,28 +257,30 @@ class Keeper:
             for task in hanging:
                 task.cancel()
 
-    async def _put(self, query: Query, client: str, request_id: str) -> Adaptation:
-        try:
-            await self._buffer.put(query, client)
-        except Skipped as refusal:
-            return skipped(refusal.reason)
-        except Exception as error:  # learning never fails an answer
-            log.warning("buffer_failed", request_id=request_id, error=type(error).__name__)
-            return skipped("buffer_unavailable")
-        return Adaptation(status="queued", query_id=query.id)
+
+async def _put(buffer: QueryBuffer, query: Query, client: str, request_id: str) -> Adaptation:
+    try:
+        await buffer.put(query, client)
+    except Skipped as refusal:
+        return skipped(refusal.reason)
+    except Exception as error:  # learning never fails an answer
+        log.warning("buffer_failed", request_id=request_id, error=type(error).__name__)
+        return skipped("buffer_unavailable")
+    return Adaptation(status="queued", query_id=query.id)
 
 
 class Keeping:
     """One query on its way into the buffer."""
 
-    def __init__(self, put: asyncio.Task[Adaptation], query_id: str, keeper: Keeper) -> None:
+    def __init__(self, put: asyncio.Task[Adaptation], buffer: QueryBuffer, query_id: str, keeper: Keeper) -> None:
         self._put = put
+        self._buffer = buffer
         self._query_id = query_id
         self._keeper = keeper
 
     def withdraw(self) -> None:
         """Undo the write, in the background."""
-        self._keeper.spawn(self._keeper.undo(self._put, self._query_id))
+        self._keeper.spawn(self._keeper.undo(self._put, self._buffer, self._query_id))
 
     async def settle(self, wait_s: float) -> Adaptation:
         """What became of the query, after waiting so long at most.
@@ -294,9 +304,7 @@ class Services:
     """What the routes work with; one per app, in `app.state.services`."""
 
     settings: Settings
-    engine: Engine
-    store: AdapterStore
-    buffer: QueryBuffer
+    lines: Lines
     access: Access
     audit: AuditLog
     answers: AnswerService

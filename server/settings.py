@@ -15,6 +15,10 @@ from pydantic_settings import (
     TomlConfigSettingsSource,
 )
 
+from servetune.clients.types import AdapterName
+
+SECRETS = {"api_keys", "adapter_keys", "admin_key", "buffer_key"}
+
 
 def _default_threads(share: float) -> int:
     return max(1, round((os.cpu_count() or 1) * share))
@@ -29,12 +33,15 @@ class Settings(BaseSettings):
 
     home: Path = Field(default_factory=lambda: user_data_path("servetune"), description="all state lives here")
     model: str = Field("nano", description="`nano`, a folder or a hub id of an image-text-to-text checkpoint")
-    adapter: str = Field("default", pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="name of the adapter line")
+    adapter: AdapterName = Field("default", description="of whoever names none")
 
     # HTTP
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
     api_keys: tuple[SecretStr, ...] = Field((), description="user keys; none: loopback only, /answer open")
+    adapter_keys: dict[AdapterName, tuple[SecretStr, ...]] = Field(
+        {}, description="user keys of tenants: each is answered by one adapter alone, and teaches no other"
+    )
     admin_key: SecretStr | None = Field(None, description="default: the file admin.key in the home")
     max_body_bytes: int = Field(16_000_000, ge=1024)
     max_image_pixels: int = Field(50_000_000, ge=4096)
@@ -66,6 +73,9 @@ class Settings(BaseSettings):
     )
     recognition_question: str | None = Field(None, description="default question of recognition requests")
     swap_poll_s: float = Field(0.25, gt=0)
+    resident_versions: int = Field(
+        16, ge=3, description="weights of adapters kept loaded beside the base, of one adapter three at most"
+    )
 
     # LoRA
     lora_rank: int = Field(8, ge=1, le=256)
@@ -92,6 +102,9 @@ class Settings(BaseSettings):
     # worker
     worker: bool = Field(True, description="`servetune serve` starts a worker beside the API")
     worker_threads: int = Field(default_factory=lambda: _default_threads(0.5), ge=1)
+    worker_adapters: int = Field(
+        4, ge=1, description="adapters that a worker learns for at the same time; the others wait for a place"
+    )
     learner: Literal["default", "frequency", "ttrv", "released", "majority", "random", "format-only"] = "default"
     num_rollouts: int = Field(32, ge=2, le=512)
     max_answer_tokens: int = Field(32, ge=1, le=1024)
@@ -127,4 +140,4 @@ class Settings(BaseSettings):
 
     def without_secrets(self) -> dict[str, Any]:
         """The resolved settings, fit to print."""
-        return self.model_dump(mode="json", exclude={"api_keys", "admin_key", "buffer_key"})
+        return self.model_dump(mode="json", exclude=SECRETS)

@@ -1,4 +1,4 @@
-"""The adaptation loop, a process of its own: take, roll out, step, gate, publish, promote, settle.
+"""The adaptation loop of one adapter: take, roll out, step, gate, publish, promote, settle.
 
 Queries are settled last, when the version that names them is live, so a crash at any point either repeats the
 work or finds it done: a version that was published but not promoted is promoted at the next start, and queries
@@ -8,11 +8,9 @@ that a version names are not trained again.
 from __future__ import annotations
 
 import math
-import os
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 
@@ -25,7 +23,7 @@ from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
-from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, StoreError, version_name
+from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, version_name
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
@@ -33,7 +31,6 @@ from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
 POLL_S = 0.5  # how often a waiting worker looks whether it should stop or go on
-RETRY_S = 2.0  # after Redis or the disk failed
 RETREATS = 3
 MAX_SPANS = 12  # times `steps_per_candidate` that a candidate may go on learning unserved
 
@@ -53,24 +50,36 @@ def learner_config(settings: Settings) -> LearnerConfig:
 
 
 class Worker:
-    """Learns for one adapter. `turn` is one round of the loop; `run` repeats it until told to stop."""
+    """Learns for one adapter. `turn` is one round of the loop.
+
+    Args:
+        slots: of the policy, for the candidate and for what is live; nobody else uses them.
+    """
 
     def __init__(
-        self, settings: Settings, policy: Policy, store: AdapterStore, stream: QueryStream, audit: AuditLog
+        self,
+        settings: Settings,
+        policy: Policy,
+        store: AdapterStore,
+        stream: QueryStream,
+        audit: AuditLog,
+        slots: tuple[str, str] = SLOTS,
     ) -> None:
         self._settings = settings
+        self._candidate_slot, self._live_slot = slots
         self._policy = policy
         self._store = store
         self._stream = stream
         self._audit = audit
-        self.learner = Learner(policy, learner_config(settings), seed=settings.seed)
-        self._gate = Gate(policy, max_tokens=settings.max_answer_tokens)
+        self.learner = Learner(policy, learner_config(settings), self._candidate_slot, settings.seed)
+        self._gate = Gate(policy, candidate=slots[0], live=slots[1], max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
         self._leased: list[Delivery] = []  # everything taken and not settled
+        self._gathered: list[Delivery] = []  # of it, what waits for a whole batch
+        self._due = 0.0  # when a batch need not be whole any more
         self.failures = 0  # steps
         self._first_step = 0
         self._judged_step = 0
-        self._stop = threading.Event()
         self._status = WorkerStatus(state="idle")
         self._adrift = False  # a turn broke off, and the candidate with it
         self._heard: set[str] = set()  # queries that had a say since the last version
@@ -79,32 +88,18 @@ class Worker:
         self._live = self._store.live()
         self._follow()
 
-    def run(self, stop: threading.Event) -> None:
-        """Turn until `stop` is set; then give back what is unfinished."""
-        self._stop = stop
-        with self._keep_leases():
-            while not stop.is_set():
-                try:
-                    self.turn()
-                except (BufferUnavailable, StoreError, OSError, RuntimeError) as error:
-                    # What was not settled comes back when its lease runs out.
-                    log.error("turn_failed", error=type(error).__name__, detail=str(error))
-                    self._status = self._status.model_copy(update={"state": "degraded", "error": str(error)})
-                    self._leased, self._held, self._adrift = [], [], True
-                    stop.wait(RETRY_S)
-        with suppress(BufferUnavailable):
-            self._stream.release(self._leased)
+    def turn(self, block_s: float = POLL_S) -> bool:
+        """One batch, and a candidate when there were enough steps or there is nothing more to learn.
 
-    def turn(self) -> None:
-        """One batch, and a candidate when there were enough steps or there is nothing more to learn."""
+        Waits so long for a query to come. Returns whether there is more to do at once.
+        """
         self._forget_erased()
         if self._store.paused:
             self._report("paused")
-            self._stop.wait(POLL_S)
-            return
+            return False
         if self._adrift or self._store.live() != self._live:
             self._give_back()
-        batch = self._gather()
+        batch = self._gather(block_s)
         busy = bool(batch) or self.learner.unfinished
         if batch:
             self._report("learning")
@@ -112,11 +107,11 @@ class Worker:
             fresh = [delivery for delivery in batch if delivery.deliveries == 1]
             parts = [[d] for d in batch if d.deliveries > 1] + ([fresh] if fresh else [])
             if not all(self._learn(part) for part in parts):
-                return
+                return True
         elif self.learner.unfinished:
             self._report("learning")
             if not self._replay():
-                return
+                return True
         moved = self.learner.steps > self._first_step
         last = max(self._first_step, self._judged_step)
         enough = self.learner.steps - last >= self._settings.steps_per_candidate
@@ -128,6 +123,28 @@ class Worker:
         if busy and not self.learner.unfinished:
             release_memory()
         self._report("idle")
+        return busy
+
+    def rests(self) -> bool:
+        """Is there nothing that would be lost if it ended now?"""
+        return not (self._leased or self.learner.unfinished)
+
+    def fail(self, error: Exception) -> None:
+        """After a turn that broke off: what was not settled comes back when its lease runs out."""
+        log.error("turn_failed", adapter=self._store.name, error=type(error).__name__, detail=str(error))
+        self._status = self._status.model_copy(update={"state": "degraded", "error": str(error)})
+        self._leased, self._held, self._gathered, self._adrift = [], [], [], True
+
+    def keep(self) -> None:
+        """Renew the leases and the heartbeat; from any thread."""
+        with suppress(BufferUnavailable):  # the loop meets it too, and deals with it
+            self._stream.renew(list(self._leased))
+            self._stream.report(self._status)
+
+    def end(self) -> None:
+        """Give back what is unfinished."""
+        with suppress(BufferUnavailable):
+            self._stream.release(self._leased)
 
     def finish(self) -> None:
         """Have the gate judge what was learned since the last version: for a worker that will not turn again."""
@@ -137,19 +154,19 @@ class Worker:
 
     # --- learning ------------------------------------------------------------------------------------
 
-    def _gather(self) -> list[Delivery]:
-        """A whole batch, or what has come `flush_s` after its first query."""
-        limit = self._settings.queries_per_step
-        batch = self._take(limit, 0 if self.learner.unfinished else POLL_S)
-        deadline = time.monotonic() + self._settings.flush_s
-        while 0 < len(batch) < limit and time.monotonic() < deadline and not self._stop.is_set():
-            batch += self._take(limit - len(batch), POLL_S)
-        return batch
-
-    def _take(self, limit: int, block_s: float) -> list[Delivery]:
-        taken = self._stream.take(limit, block_s)
+    def _gather(self, block_s: float) -> list[Delivery]:
+        """A whole batch, or what has come `flush_s` after its first query; nothing before."""
+        limit, now = self._settings.queries_per_step, time.monotonic()
+        wait_s = 0 if self.learner.unfinished else block_s
+        taken = self._stream.take(limit - len(self._gathered), wait_s)
+        if taken and not self._gathered:
+            self._due = now + self._settings.flush_s
         self._leased += taken
-        return taken
+        self._gathered += taken
+        if len(self._gathered) < limit and time.monotonic() < self._due:
+            return []
+        batch, self._gathered = self._gathered, []
+        return batch
 
     def _learn(self, batch: list[Delivery]) -> bool:
         """One step. False when it failed; then everything under lease was given back."""
@@ -162,7 +179,7 @@ class Worker:
             metrics, taught = self.learner.step([d.query for d in batch])
             self._gate.remember([d.query for d in batch])
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
-            log.error("step_failed", error=type(error).__name__, queries=len(batch))
+            log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=len(batch))
             self.failures += 1
             self._leased = [d for d in self._leased if d not in batch]
             self._stream.release(batch, failed=True)
@@ -180,7 +197,7 @@ class Worker:
         try:
             self._note_step(self.learner.step([])[0])
         except Exception as error:
-            log.error("step_failed", error=type(error).__name__, queries=0)
+            log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=0)
             self.failures += 1
             self._give_back()
             return False
@@ -193,11 +210,11 @@ class Worker:
         self._judged_step = self.learner.steps
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
         if verdict.early:
-            log.info("candidate_waits", reasons=verdict.reasons)
+            log.info("candidate_waits", adapter=self._store.name, reasons=verdict.reasons)
             self.learner.proceed()
             return
         if not verdict.accepted:
-            log.warning("candidate_rejected", reasons=verdict.reasons)
+            log.warning("candidate_rejected", adapter=self._store.name, reasons=verdict.reasons)
             self.learner.forget(d.query.id for d in self._held)
             self._settle(self._held, "rejected")
             self._give_back()
@@ -237,7 +254,7 @@ class Worker:
         for _ in range(RETREATS):
             if verdict.accepted or not verdict.metrics:  # without metrics: not finite, and no way leads back
                 break
-            self.learner.retreat(self._policy.weights(SLOTS[1]))
+            self.learner.retreat(self._policy.weights(self._live_slot))
             verdict = self._gate.judge(witnesses)
         return replace(verdict, early=False, metrics=verdict.metrics | {"share": self.learner.share})
 
@@ -252,7 +269,7 @@ class Worker:
         # Whatever was remembered meanwhile had a say, also what was settled without a signal of its own.
         heard = self._heard - self._named
         query_ids = tuple(dict.fromkeys([*(d.query.id for d in self._held), *sorted(heard)]))
-        self._policy.use(SLOTS[0])
+        self._policy.use(self._candidate_slot)
         made = self._store.publish(
             Draft(
                 weights=weights,
@@ -271,15 +288,15 @@ class Worker:
             )
         )
         self._promote(made.version, self._live.generation)
-        self._policy.load(SLOTS[1], weights)
+        self._policy.load(self._live_slot, weights)
         self.learner.accept()
         self._named = self.learner.remembered()
         self._heard.clear()
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
-        self._audit.append("adapter_promoted", "worker", None, {"version": version_name(version)})
-        log.info("published", version=version_name(version))
+        self._record("adapter_promoted", {"version": version_name(version)})
+        log.info("published", adapter=self._store.name, version=version_name(version))
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
         """After a refusal: does what is live still pass? Images change, and what was learned may not fit them."""
@@ -298,8 +315,10 @@ class Worker:
             self._live = self._store.rollback(target, self._live.generation)
             self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
-            self._audit.append("adapter_rolled_back", "worker", None, details)
-            log.warning("rolled_back", version=version_name(target), reasons=verdict.reasons)
+            self._record("adapter_rolled_back", details)
+            log.warning(
+                "rolled_back", adapter=self._store.name, version=version_name(target), reasons=verdict.reasons
+            )
         self._follow()
 
     def _still_passes(self, version: int, witnesses: Sequence[Lesson]) -> bool:
@@ -308,7 +327,7 @@ class Worker:
             weights = self._store.weights(version)
         except CorruptVersion:
             return False
-        for slot in SLOTS:
+        for slot in (self._candidate_slot, self._live_slot):
             self._policy.load(slot, weights)
         return self._gate.judge(witnesses, convict=True).accepted
 
@@ -319,8 +338,8 @@ class Worker:
             return
         with suppress(AliasMoved):
             made = self._store.reset(expected_generation=self._live.generation)
-            self._audit.append("adapter_reset", "worker", None, {"version": version_name(made.version)})
-            log.info("reset", version=version_name(made.version))
+            self._record("adapter_reset", {"version": version_name(made.version)})
+            log.info("reset", adapter=self._store.name, version=version_name(made.version))
         self._follow()
 
     def _finish_promotion(self) -> None:
@@ -342,7 +361,7 @@ class Worker:
             self.learner.forget()  # what another line was taught is no part of this one
         self._live = live
         weights = self._store.weights(live.version)
-        self._policy.load(SLOTS[1], weights)
+        self._policy.load(self._live_slot, weights)
         gate = self._store.manifest(live.version).gate or {"metrics": {}}
         self.learner.load(weights, self._store.optimizer(live.version), gate["metrics"].get("share"))
         self._heard.clear()
@@ -363,10 +382,14 @@ class Worker:
     def _give_back(self) -> None:
         """Drop the candidate and return its queries to the buffer."""
         self._stream.release(self._leased)
-        self._leased, self._held, self._adrift = [], [], False
+        self._leased, self._held, self._gathered, self._adrift = [], [], [], False
         self._follow()
 
     # --- book-keeping --------------------------------------------------------------------------------
+
+    def _record(self, event: str, details: Mapping[str, object]) -> None:
+        """Put on record what was done to the adapter."""
+        self._audit.append(event, "worker", None, {"adapter": self._store.name, **details})
 
     def _settle(self, deliveries: Sequence[Delivery], outcome: str) -> None:
         if deliveries:
@@ -384,30 +407,3 @@ class Worker:
         update = {"state": state, "error": None, "version": version_name(self._live.version)}
         self._status = self._status.model_copy(update=update)
         self._stream.report(self._status)
-
-    @contextmanager
-    def _keep_leases(self) -> Iterator[None]:
-        """Renew the leases of unsettled queries from a thread of its own: a long step is not a dead one."""
-        done = threading.Event()
-
-        def renew() -> None:
-            while not done.wait(self._settings.lease_s / 4):
-                with suppress(BufferUnavailable):  # the loop meets it too, and deals with it
-                    self._stream.renew(list(self._leased))
-                    self._stream.report(self._status)
-
-        keeper = threading.Thread(target=renew, name="leases", daemon=True)
-        keeper.start()
-        try:
-            yield
-        finally:
-            done.set()
-            keeper.join()
-
-
-def yield_to_serving() -> None:
-    """Run only on what the server leaves idle (SCHED_IDLE, else nice 19)."""
-    try:
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    except (AttributeError, PermissionError, OSError):
-        os.nice(19)

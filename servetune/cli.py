@@ -64,6 +64,7 @@ AdaptOption = Annotated[
 NoAdaptOption = Annotated[bool, typer.Option("--no-adapt", help="The same as --adapt no.")]
 DeadlineOption = Annotated[float | None, typer.Option(help="With --adapt now: seconds to answer in.")]
 NameOption = Annotated[str, typer.Option(help="The adapter.")]
+MeantOption = Annotated[str | None, typer.Option(help="The adapter; by default the server's own.")]
 VersionArgument = Annotated[str, typer.Argument(help="A version (v0007), an alias or base.")]
 
 
@@ -432,6 +433,12 @@ def list_adapters(client: Client) -> list[AdapterInfo]:
 
 
 @command(adapters)
+def create(client: Client, name: Annotated[str, typer.Argument(help="Of a tenant, task or camera.")]) -> AdapterInfo:
+    """Make an adapter, which answers as the base until it learns."""
+    return client.adapters.create(name)
+
+
+@command(adapters)
 def show(client: Client, name: Annotated[str, typer.Argument()] = "default") -> AdapterInfo:
     """Aliases, what is wanted and what is served."""
     return client.adapters.get(name)
@@ -499,29 +506,31 @@ def export(
 
 
 @command(app)
-def status(client: Client) -> AdaptationStatus:
+def status(client: Client, name: MeantOption = None) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
-    return client.adaptation.status()
+    return client.adaptation.status(name)
 
 
 @command(app)
-def pause(client: Client) -> AdaptationStatus:
+def pause(client: Client, name: MeantOption = None) -> AdaptationStatus:
     """Stop learning; answering goes on."""
-    return client.adaptation.pause()
+    return client.adaptation.pause(name)
 
 
 @command(app)
-def resume(client: Client) -> AdaptationStatus:
+def resume(client: Client, name: MeantOption = None) -> AdaptationStatus:
     """Learn again."""
-    return client.adaptation.resume()
+    return client.adaptation.resume(name)
 
 
 @command(app)
 def erase(
-    client: Client, query_ids: Annotated[list[str], typer.Argument(help="`query_id` of answers.")]
+    client: Client,
+    query_ids: Annotated[list[str], typer.Argument(help="`query_id` of answers.")],
+    name: MeantOption = None,
 ) -> Erased:
-    """Erase queries wherever they are, with the versions that learned from them."""
-    return client.adaptation.erase(query_ids)
+    """Erase queries of an adapter wherever they are, with the versions that learned from them."""
+    return client.adaptation.erase(query_ids, name)
 
 
 @command(app)

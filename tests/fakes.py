@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +23,10 @@ from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryBuffer, Skipped
 from servetune.server.engine import Engine, Outcome
+from servetune.server.lines import Lines
+from servetune.server.model import Stores
 from servetune.server.settings import Settings
+from servetune.server.stage import Stage
 
 ADMIN_KEY = "sta_operator.0123456789abcdef0123456789abcdef"
 USER_KEY = "stu_somebody.fedcba9876543210fedcba9876543210"
@@ -54,7 +57,7 @@ class FakeEngine:
     async def start(self) -> None:
         self.life.append("started")
 
-    async def stop(self) -> None:
+    def stop(self) -> None:
         self.life.append("stopped")
 
     def ready(self) -> bool:
@@ -108,6 +111,7 @@ class FakeEngine:
             argmax_is_label=None,
             votes=None,
             entropy=None,
+            adapter=self.store.name,
             input_tokens=9,
             output_tokens=2,
             version=version,
@@ -131,6 +135,8 @@ class FakeBuffer:
         self.delay_s = 0.0
         self.unconfirmed = 0
         self.compacted = 0
+        self.num_adapters = 0
+        self.others: dict[str, FakeBuffer] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def put(self, query: Query, client: str) -> None:
@@ -166,7 +172,13 @@ class FakeBuffer:
     async def compact(self) -> None:
         self.compacted += 1
 
-    async def keep_compact(self) -> None:
+    def of(self, adapter: str) -> FakeBuffer:
+        return self.others.setdefault(adapter, FakeBuffer())
+
+    def share_among(self, num_adapters: int) -> None:
+        self.num_adapters = num_adapters
+
+    async def keep_compact(self, buffers: object) -> None:
         await asyncio.Event().wait()
 
     async def status(self) -> BufferStatus:
@@ -179,11 +191,18 @@ class FakeBuffer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
 
+ZERO: Any = (
+    {"layer.lora_A.weight": torch.zeros(2, 2)},
+    {"r": 2, "target_modules": "all"},
+    "sha256:base",
+    (0.0,),
+)
+
+
 def make_store(root: Path) -> AdapterStore:
     """A store with the base and two learned versions, v0002 live."""
     store = AdapterStore(root)
-    zero = {"layer.lora_A.weight": torch.zeros(2, 2)}
-    store.initialise(zero, {"r": 2, "target_modules": "all"}, "sha256:base", (0.0,))
+    store.initialise(*ZERO)
     for number in (1, 2):
         made = learn(store, float(number))
         store.promote(made.version)
@@ -198,26 +217,66 @@ def learn(store: AdapterStore, value: float) -> Manifest:
     return store.publish(draft)
 
 
+class FakeStage:
+    """Ends."""
+
+    stopped = False
+
+    async def stop(self) -> None:
+        self.stopped = True
+
+
+class FakeStores:
+    """Stores whose versions are tiny; the first is made by `make_store`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def names(self) -> list[str]:
+        return sorted(path.parent.name for path in self.root.glob("*/aliases.json"))
+
+    def at(self, adapter: str) -> AdapterStore:
+        return AdapterStore(self.root, adapter)
+
+    def open(self, adapter: str) -> AdapterStore:
+        store = self.at(adapter)
+        store.initialise(*ZERO)
+        return store
+
+
 class World:
     """An app on fakes, and what it is made of."""
 
-    def __init__(self, home: Path, *, user_keys: tuple[str, ...] = (), admin: bool = True, **chosen: Any) -> None:
+    def __init__(
+        self,
+        home: Path,
+        *,
+        user_keys: tuple[str, ...] = (),
+        admin: bool = True,
+        adapter_keys: Mapping[str, Sequence[str]] | None = None,
+        **chosen: Any,
+    ) -> None:
         self.settings = Settings(home=home, **chosen)
         self.store = make_store(home / "store")
         self.engine = FakeEngine(self.store)
+        self.engines = {"default": self.engine}
         self.buffer = FakeBuffer()
+        self.stage = FakeStage()
         self.audit = AuditLog(home / "audit.jsonl")
-        self.access = Access(user_keys, ADMIN_KEY if admin else None)
-        self.app: FastAPI = create_app(
+        self.access = Access(user_keys, ADMIN_KEY if admin else None, adapter_keys)
+        self.lines = Lines(
             self.settings,
-            cast(Engine, self.engine),
-            self.store,
+            cast(Stage, self.stage),
+            cast(Stores, FakeStores(home / "store")),
             cast(QueryBuffer, self.buffer),
-            self.access,
-            self.audit,
+            self._engine,
         )
+        self.app: FastAPI = create_app(self.settings, self.lines, self.access, self.audit)
         transport = httpx2.ASGITransport(app=self.app)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
+
+    def _engine(self, store: AdapterStore) -> Engine:
+        return cast(Engine, self.engines.setdefault(store.name, FakeEngine(store)))
 
     async def ask(self, **fields: Any) -> httpx2.Response:
         """Ask in JSON about a small picture, unless told otherwise."""

@@ -99,7 +99,10 @@ async def test_an_export_is_a_peft_directory(world: World) -> None:
     with tarfile.open(fileobj=io.BytesIO(reply.content)) as archive:
         names = {Path(name).name for name in archive.getnames()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= names
-    assert (newest(world).event, newest(world).details) == ("adapter_exported", {"version": "v0001"})
+    assert (newest(world).event, newest(world).details) == (
+        "adapter_exported",
+        {"adapter": "default", "version": "v0001"},
+    )
 
 
 async def test_a_damaged_version_is_a_problem_and_no_half_a_tar(world: World) -> None:
@@ -117,13 +120,13 @@ async def test_promote_is_served_and_audited_when_the_reply_comes(world: World) 
     assert (adapter.live, adapter.serving, adapter.generation) == ("v0001", "v0001", 4)
     entry = newest(world)
     assert (entry.event, entry.actor, entry.request_id) == ("adapter_promoted", "sta_operator", "r-1")
-    assert entry.details == {"version": "v0001"}
+    assert entry.details == {"adapter": "default", "version": "v0001"}
 
 
 async def test_promote_honours_if_match(world: World) -> None:
     path, body = f"{ADAPTER}/promote", {"version": "v0001"}
     assert refused(await post(world, path, body, **{"If-Match": '"2"'})) == (409, "alias_moved")
-    assert newest(world).details == {"version": "v0001", "refused": "alias_moved"}
+    assert newest(world).details == {"adapter": "default", "version": "v0001", "refused": "alias_moved"}
     assert (await post(world, path, body, **{"If-Match": '"3"'})).status_code == 200
     assert refused(await post(world, path, body, **{"If-Match": "x"})) == (422, "invalid_request")
 
@@ -140,7 +143,7 @@ async def test_snapshot_makes_a_labelled_version(world: World) -> None:
     assert (reply.status_code, made.version, made.origin) == (201, "v0003", "snapshot")
     assert (made.label, made.metadata, made.parent) == ("before-fair", {"why": "safety"}, "v0002")
     assert world.store.aliases()["before-fair"] == 3
-    assert newest(world).details == {"label": "before-fair", "made": "v0003"}
+    assert newest(world).details == {"adapter": "default", "label": "before-fair", "made": "v0003"}
     assert refused(await post(world, f"{ADAPTER}/snapshot", body)) == (409, "name_taken")
     assert refused(await post(world, f"{ADAPTER}/snapshot", {"label": "live"})) == (409, "name_taken")
 
@@ -196,7 +199,7 @@ async def test_erasing_takes_queries_out_of_everything(world: World) -> None:
     assert reply == {"withdrawn": 1, "dropped": ["v0002"], "live": "v0001", "serving": "v0001"}
     assert world.buffer.kept == {}
     assert (world.engine.forgotten, world.buffer.compacted) == ([(2,)], 1)
-    assert newest(world).details == {"num": 3}, "the trail says how many, and not which"
+    assert newest(world).details == {"adapter": "default", "num": 3}, "the trail says how many, and not which"
     world.buffer.down = True
     assert refused(await post(world, "/v1/adaptation/erase", {"query_ids": ["q_1"]})) == (
         503,

@@ -17,13 +17,14 @@ from openai import AsyncOpenAI
 
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
-from servetune.adapters.store import AdapterStore
 from servetune.server.access import Access
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
-from servetune.server.engine import SLOTS, Engine, QueueFull
+from servetune.server.lines import Lines
+from servetune.server.model import Stores
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, QueueFull, Stage
 from tests.conftest import noise
 from tests.fakes import USER_KEY, FakeBuffer, World, png, until
 
@@ -201,11 +202,9 @@ async def tiny_client(tmp_path: Path, tiny: Path) -> AsyncIterator[AsyncOpenAI]:
     """A client of a real engine on a tiny checkpoint; its base always says something."""
     settings = Settings(home=tmp_path, model="tiny")
     policy = Policy(Family.load(str(tiny)), LoraSpec(4, 8), SLOTS)
-    store = AdapterStore(settings.path("store"), "default")
-    policy.use(None)
-    store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
     audit, buffer = AuditLog(settings.path("audit.jsonl")), cast(QueryBuffer, FakeBuffer())
-    app = create_app(settings, Engine(policy, store, settings), store, buffer, Access([], None), audit)
+    lines = Lines(settings, Stage(policy, settings), Stores(settings, policy), buffer)
+    app = create_app(settings, lines, Access([], None), audit)
     async with app.router.lifespan_context(app):
         yield client_of(httpx2.ASGITransport(app))
 

@@ -22,11 +22,11 @@ from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
-from servetune.server import engine as engine_module
 from servetune.server.answering import LET_OTHERS_IN, Answering
-from servetune.server.engine import SLOTS, Engine, Outcome, QueueFull, fewest_threads
+from servetune.server.engine import Engine, Outcome
 from servetune.server.model import _dtype
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, QueueFull, Stage, fewest_threads
 from tests.conftest import query
 
 LABELS = ("red", "green cat", "blue dog")
@@ -47,10 +47,15 @@ def store(policy: Policy, tmp_path: Path) -> AdapterStore:
 
 @pytest.fixture
 async def engine(policy: Policy, store: AdapterStore, tmp_path: Path) -> AsyncIterator[Engine]:
-    made = Engine(policy, store, Settings(home=tmp_path, swap_poll_s=0.02, queue_size=4))
+    made = engine_on(policy, store, Settings(home=tmp_path, swap_poll_s=0.02, queue_size=4))
     await made.start()
     yield made
-    await made.stop()
+    made.stop()
+    await made.stage.stop()
+
+
+def engine_on(policy: Policy, store: AdapterStore, settings: Settings) -> Engine:
+    return Engine(Stage(policy, settings), store, settings)
 
 
 def publish(
@@ -88,7 +93,7 @@ async def test_recognition_gives_probabilities_over_the_labels(engine: Engine) -
 
 
 async def test_the_same_question_is_not_fed_again_and_a_swap_serves_nothing_stale(
-    engine: Engine, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, policy: Policy, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fed = 0
     prefill = policy.family.prefill
@@ -108,11 +113,12 @@ async def test_the_same_question_is_not_fed_again_and_a_swap_serves_nothing_stal
     fed = 0
     after = await engine.answer(asked[0], Sampling(max_tokens=4), "live")
     assert fed == 1
-    fresh = Engine(policy, store, engine._settings.model_copy(update={"prompt_cache_bytes": 0}))
+    fresh = engine_on(policy, store, Settings(home=tmp_path, swap_poll_s=0.02, prompt_cache_bytes=0))
     await fresh.start()
     assert (await fresh.answer(asked[0], Sampling(max_tokens=4), "live")).candidates == after.candidates
     assert after.candidates != before[0].candidates
-    await fresh.stop()
+    fresh.stop()
+    await fresh.stage.stop()
 
 
 async def test_nobody_waits_for_another_version_to_be_loaded(
@@ -120,10 +126,10 @@ async def test_nobody_waits_for_another_version_to_be_loaded(
 ) -> None:
     one, other = publish(policy, store, 1), publish(policy, store, 2)
     before = await engine.answer(query(labels=LABELS), Sampling(), version_name(one))
-    go, load = threading.Event(), engine._load
-    monkeypatch.setattr(engine, "_load", lambda *args: go.wait(10) and load(*args))
+    go, load = threading.Event(), engine.stage._load
+    monkeypatch.setattr(engine.stage, "_load", lambda *args: go.wait(10) and load(*args))
     loading = asyncio.create_task(engine.answer(query(labels=LABELS), Sampling(), version_name(other)))
-    while not engine._loading.locked():
+    while not engine.stage._loading.locked():
         await asyncio.sleep(0)
     for choice in (version_name(one), "base"):
         answer = await asyncio.wait_for(engine.answer(query(labels=LABELS), Sampling(), choice), 5)
@@ -137,7 +143,7 @@ async def test_votes_are_counted_in_canonical_form_and_shown_as_written(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {"Three dogs.": 3, "3 dogs": 4, "The cat": 5}
-    encode = engine._policy.family.tokens
+    encode = engine.stage.policy.family.tokens
     drawn = [Sample(encode(text), -1.0, count, True) for text, count in said.items()]
     monkeypatch.setattr(growth, "sample", lambda *_, **__: drawn)
     voted = await engine.answer(query(), Sampling(n=12, temperature=1.0), "live")
@@ -278,7 +284,8 @@ async def test_stopping_does_not_wait_for_a_long_generation(engine: Engine) -> N
     asking = asyncio.create_task(engine.answer(query(), endless, "base"))
     await asyncio.sleep(0.2)
     async with asyncio.timeout(10):
-        await engine.stop()
+        engine.stop()
+        await engine.stage.stop()
     with pytest.raises(Stopped):
         await asking
 
@@ -321,7 +328,7 @@ async def test_nothing_about_a_new_version_ends_the_watch(
     def run_out(*_: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(engine, "_load", run_out)
+    monkeypatch.setattr(engine.stage, "_load", run_out)
     store.promote(publish(policy, store, 1))
     await asyncio.sleep(0.2)
     assert engine.ready()
@@ -399,7 +406,7 @@ async def test_a_look_that_waits_too_long_is_given_up(engine: Engine) -> None:
     first = asyncio.create_task(engine.answer(query(labels=LABELS), Sampling(), "live", soon(0.5)))
     while not engine.residency()[1]:
         await asyncio.sleep(0)
-    blocked = engine._thread.submit(free.wait, 30.0)
+    blocked = engine.stage._thread.submit(free.wait, 30.0)
     try:
         assert (await asyncio.wait_for(first, 20)).views < len(safe_views("what is this?"))
     finally:
@@ -443,11 +450,11 @@ async def test_a_failing_look_leaves_the_answer(engine: Engine, monkeypatch: pyt
 
 
 async def test_a_full_queue_ends_the_looking(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = engine._settings.model_copy(update={"queue_size": 0})
+    full = engine.stage._settings.model_copy(update={"queue_size": 0})
     take = Looks.take
 
     def then_full(self: Looks, *given: Any) -> Look:
-        monkeypatch.setattr(engine, "_settings", full)
+        monkeypatch.setattr(engine.stage, "_settings", full)
         return take(self, *given)
 
     monkeypatch.setattr(Looks, "take", then_full)
@@ -493,17 +500,18 @@ def test_the_dtype_is_what_the_hardware_is_faster_in(
 
 @pytest.fixture
 async def roomy(policy: Policy, store: AdapterStore, tmp_path: Path) -> AsyncIterator[Engine]:
-    made = Engine(policy, store, Settings(home=tmp_path, swap_poll_s=60, queue_size=256))
+    made = engine_on(policy, store, Settings(home=tmp_path, swap_poll_s=60, queue_size=256))
     await made.start()
     yield made
-    await made.stop()
+    made.stop()
+    await made.stage.stop()
 
 
 @contextmanager
 def held(engine: Engine) -> Iterator[None]:
     """The engine's thread does nothing meanwhile, so that requests gather."""
     free = threading.Event()
-    engine._thread.submit(free.wait)
+    engine.stage._thread.submit(free.wait)
     try:
         yield
     finally:
@@ -555,14 +563,14 @@ async def test_what_waits_is_answered_together_and_as_if_alone(
 
 
 async def test_an_image_that_the_model_refuses_fails_alone(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompt = roomy._policy.family.prompt
+    prompt = roomy.stage.policy.family.prompt
 
     def refuse(images: Any, question: str) -> Any:
         if question == "bad":
             raise UnusableImage("too thin")
         return prompt(images, question)
 
-    monkeypatch.setattr(roomy._policy.family, "prompt", refuse)
+    monkeypatch.setattr(roomy.stage.policy.family, "prompt", refuse)
     with held(roomy):
         waiting = [
             asyncio.create_task(roomy.answer(query(seed, question=question), Sampling(max_tokens=2), "live"))
@@ -578,7 +586,7 @@ async def test_a_short_question_does_not_wait_for_a_long_answer(
     roomy: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What comes while an answer grows is answered in between."""
-    monkeypatch.setattr(roomy._policy.family, "end_tokens", frozenset())
+    monkeypatch.setattr(roomy.stage.policy.family, "end_tokens", frozenset())
     grown = threading.Event()
     drop = growth.Shoots.feed
 
@@ -596,7 +604,7 @@ async def test_a_short_question_does_not_wait_for_a_long_answer(
 
 
 async def test_who_leaves_a_batch_frees_its_place(roomy: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(roomy._policy.family, "end_tokens", frozenset())
+    monkeypatch.setattr(roomy.stage.policy.family, "end_tokens", frozenset())
     with held(roomy):
         endless = asyncio.create_task(roomy.answer(query(0), Sampling(max_tokens=3000), "live"))
         short = asyncio.create_task(roomy.answer(query(1), Sampling(max_tokens=40), "live"))
@@ -614,7 +622,7 @@ async def test_who_waits_when_the_engine_stops_is_told(roomy: Engine) -> None:
     with held(roomy):
         waiting = asyncio.create_task(roomy.answer(query(), Sampling(), "live"))
         await asyncio.sleep(0.1)
-        stopping = asyncio.create_task(roomy.stop())
+        stopping = asyncio.create_task(roomy.stage.stop())
         await asyncio.sleep(0.1)
     await stopping
     with pytest.raises((asyncio.CancelledError, Stopped)):
@@ -624,7 +632,7 @@ async def test_who_waits_when_the_engine_stops_is_told(roomy: Engine) -> None:
 async def test_a_model_that_stands_still_holds_up_neither_erasing_nor_the_end(
     policy: Policy, store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(policy, store, Settings(home=tmp_path, request_timeout_s=0.05))
+    engine = engine_on(policy, store, Settings(home=tmp_path, request_timeout_s=0.05))
     await engine.start()
     goes_on, stands, forgotten = threading.Event(), threading.Event(), threading.Event()
 
@@ -632,9 +640,9 @@ async def test_a_model_that_stands_still_holds_up_neither_erasing_nor_the_end(
         stands.set()
         goes_on.wait()
 
-    monkeypatch.setattr(engine_module, "STOP_S", 0.05)
+    monkeypatch.setattr("servetune.server.stage.STOP_S", 0.05)
     monkeypatch.setattr(policy, "forget_images", forgotten.set)
-    engine._thread.submit(stand_still)
+    engine.stage._thread.submit(stand_still)
     try:
         with pytest.raises(TimeoutError):
             await engine.forget([])
@@ -642,10 +650,11 @@ async def test_a_model_that_stands_still_holds_up_neither_erasing_nor_the_end(
         assert await asyncio.to_thread(forgotten.wait, 10), "late, but forgotten"
         goes_on.clear()
         stands.clear()
-        engine._thread.submit(stand_still)
+        engine.stage._thread.submit(stand_still)
         await asyncio.to_thread(stands.wait, 10)
-        await engine.stop()
-        assert engine.stands_still
+        engine.stop()
+        await engine.stage.stop()
+        assert engine.stage.stands_still
     finally:
         goes_on.set()
 
@@ -661,7 +670,7 @@ def test_more_threads_are_used_only_where_they_pay(monkeypatch: pytest.MonkeyPat
         return took_s[threads]
 
     monkeypatch.setattr(torch, "set_num_threads", lambda number: chosen.update(threads=number))
-    monkeypatch.setattr("servetune.server.engine._fastest_s", fastest_s)
+    monkeypatch.setattr("servetune.server.stage._fastest_s", fastest_s)
     assert [fewest_threads(lambda: None, most) for most in (1, 2, 4, 8)] == [1, 2, 2, 2]
     assert chosen == {"threads": 2}
     tried.clear()

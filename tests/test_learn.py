@@ -17,10 +17,11 @@ from servetune.adapters.step import Learner
 from servetune.adapters.store import AdapterStore
 from servetune.evals import learn
 from servetune.evals.data import BadData, read_unlabeled
-from servetune.server.engine import SLOTS, Engine
+from servetune.server.engine import Engine
 from servetune.server.lockstep import ListStream
 from servetune.server.model import load_policy, open_store, worker_lock
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, Stage
 from tests.conftest import query
 
 EXAMPLES = Path(__file__).parents[1] / "examples" / "images" / "fluent-emoji-flat"
@@ -116,10 +117,11 @@ async def test_a_server_started_afterwards_serves_it(folder: Path, home: Path) -
     settings = Settings(home=home)
     policy = load_policy(settings, SLOTS, 1)
     store = open_store(settings, policy)
-    engine = Engine(policy, store, settings)
+    engine = Engine(Stage(policy, settings), store, settings)
     await engine.start()
     assert f"v{engine.serving:04d}" == told["live"]
-    await engine.stop()
+    engine.stop()
+    await engine.stage.stop()
     made = store.manifest(engine.serving)
     assert (made.origin, made.parent) == ("worker", engine.serving - 1)
     assert all(name.startswith("q_") and "dog" not in name for name in made.query_ids)

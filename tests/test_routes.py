@@ -19,11 +19,11 @@ from starlette.testclient import TestClient
 from servetune.adapters.versions import CorruptVersion
 from servetune.clients.types import Answer, Problem
 from servetune.server import idempotency, middleware
-from servetune.server.engine import QueueFull
 from servetune.server.errors import PROBLEMS
 from servetune.server.idempotency import Replies, Reply
 from servetune.server.ids import new_id
 from servetune.server.service import AnswerService
+from servetune.server.stage import QueueFull
 from tests.fakes import ADMIN, ADMIN_KEY, USER, USER_KEY, World, base64_png, png, until
 
 PAGED = ("AdapterInfo", "AuditEntry", "VersionInfo")

@@ -22,9 +22,11 @@ from servetune.adapters.types import Verdict
 from servetune.adapters.versions import version_name
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import LEDGER, OUTCOMES, BufferUnavailable, QueryStream
+from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.worker import Worker
+from servetune.server.workers import Workers
 from tests.conftest import query
 from tests.redis_servers import eventually, open_buffer, open_stream, running
 
@@ -74,6 +76,21 @@ def store(settings: Settings, policy: Policy) -> AdapterStore:
 def at_work(settings: Settings, policy: Policy, store: AdapterStore, url: str) -> Iterator[Worker]:
     with open_stream(settings, url) as stream:
         yield Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
+
+
+@contextmanager
+def learning(settings: Settings, policy: Policy, url: str) -> Iterator[threading.Thread]:
+    """The learning process, as a thread."""
+    stop, audit = threading.Event(), AuditLog(settings.path("audit.jsonl"))
+    with open_stream(settings, url) as stream:
+        workers = Workers(settings, policy, Stores(settings, policy), stream, audit)
+        working = threading.Thread(target=workers.run, args=(stop,))
+        working.start()
+        try:
+            yield working
+        finally:
+            stop.set()
+            working.join(20)
 
 
 async def ask(settings: Settings, url: str, count: int = BATCH, start: int = 0) -> None:
@@ -295,15 +312,15 @@ async def test_a_lost_connection_costs_no_memory_and_an_operators_act_does(
     with at_work(usual, policy, store, valkey.url) as worker:
         worker.turn()
         assert len(worker.learner.memory) == BATCH
-        stop = threading.Event()
 
         def lost(*_: Any) -> Any:
-            stop.set()
             monkeypatch.undo()
             raise BufferUnavailable("gone")
 
         monkeypatch.setattr(QueryStream, "take", lost)
-        worker.run(stop)
+        with pytest.raises(BufferUnavailable) as gone:
+            worker.turn()
+        worker.fail(gone.value)
         worker.turn()
         assert len(worker.learner.memory) == BATCH
         store.reset()
@@ -562,11 +579,8 @@ async def test_unanimous_queries_change_nothing(
 async def test_it_outlives_its_redis_and_stops_when_told(
     settings: Settings, policy: Policy, store: AdapterStore, tmp_path: Path
 ) -> None:
-    with running(tmp_path / "own") as server, at_work(settings, policy, store, server.url) as worker:
-        stop = threading.Event()
-        working = threading.Thread(target=worker.run, args=(stop,))
-        working.start()
-        try:
+    with running(tmp_path / "own") as server:
+        with learning(settings, policy, server.url) as working:
             assert server.pid
             os.kill(server.pid, signal.SIGKILL)
             async with open_buffer(settings, server.url) as buffer:
@@ -579,9 +593,6 @@ async def test_it_outlives_its_redis_and_stops_when_told(
                             time.sleep(0.1)
             asked = {f"q_{number}" for number in range(BATCH)}
             eventually(lambda: store.learned_from(asked) == asked, within_s=30)
-        finally:
-            stop.set()
-            working.join(10)
         assert not working.is_alive()
         assert await ledger(settings, server.url) == {"trained": BATCH}
 
@@ -626,16 +637,12 @@ async def test_a_full_disk_between_publishing_and_promoting_is_made_good(
         monkeypatch.undo()
         raise OSError(28, "No space left on device")
 
-    with at_work(settings, policy, store, valkey.url) as worker:
-        monkeypatch.setattr(AdapterStore, "promote", no_space)
-        stop = threading.Event()
-        working = threading.Thread(target=worker.run, args=(stop,))
-        working.start()
+    monkeypatch.setattr(AdapterStore, "promote", no_space)
+    with learning(settings, policy, valkey.url):
         asked = {f"q_{number}" for number in range(BATCH)}
         eventually(lambda: store.learned_from(asked) == asked, within_s=30)
+        eventually(lambda: store.live().version == 1, within_s=30)
         time.sleep(LEASE_S)
-        stop.set()
-        working.join(20)
     assert store.live().version == 1
     assert store.versions() == [0, 1]
 

@@ -29,9 +29,10 @@ from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.versions import Draft, StoreError
-from servetune.server.engine import SLOTS, Engine
+from servetune.server.engine import Engine
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, Stage
 
 ROOT = Path(__file__).parents[2]
 PRODUCT = [ROOT / name for name in ("server", "adapters", "clients", "nano", "evals", "servetune")]
@@ -287,7 +288,7 @@ def misfits_are_refused(trial: Trial) -> Found:
         "another shape": good | {key: torch.zeros(3, 3)},
         "a hundred times as large": {n: v + 100 * torch.randn_like(v) for n, v in good.items()},
     }
-    engine = Engine(policy, store, settings)
+    engine = Engine(Stage(policy, settings), store, settings)
     served = [
         name for name, weights in misfits.items() if _is_served(engine, store, Draft(weights, "worker", 0, probe))
     ]
@@ -296,8 +297,8 @@ def misfits_are_refused(trial: Trial) -> Found:
         served.append("another base")
     except StoreError:
         pass
-    engine._thread.shutdown()
-    engine._loader.shutdown()
+    engine.stage._thread.shutdown()
+    engine.stage._loader.shutdown()
     return Found(not served, f"{len(misfits) + 1 - len(served)} of {len(misfits) + 1} refused {served}")
 
 

@@ -22,14 +22,16 @@ import redis
 from benchmarks.promises.product import LABELS, Part, Product, eventually, going_on, picture
 from benchmarks.promises.rows import Found, Skip, Trial, promise
 from servetune import Client
+from servetune.adapters.step import Learner
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, StepMetrics
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, QueryStream
-from servetune.server.model import load_policy, open_store
+from servetune.server.model import Stores, load_policy
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.worker import POLL_S, SLOTS, Worker
+from servetune.server.workers import Workers
 
 PARTS: tuple[Part, ...] = ("worker", "redis", "server", "all")
 OUTCOMES = ("trained", "no_signal", "rejected", "dead", "expired", "withdrawn")
@@ -239,22 +241,23 @@ def live_work_is_not_stolen(trial: Trial) -> Found:
 def _dawdle(settings: Settings, url: str) -> None:
     """A worker whose steps take three leases more than they would; it says from when on a turn has work."""
     policy = load_policy(settings, SLOTS, 1)
-    store, mark = open_store(settings, policy), settings.path(f"{AT_WORK}{os.getpid()}")
+    mark = settings.path(f"{AT_WORK}{os.getpid()}")
+    step, turn = Learner.step, Worker.turn
+
+    def slowly(self: Learner, queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
+        mark.touch()
+        time.sleep(3 * settings.lease_s)
+        return step(self, queries)
+
+    def marked(self: Worker, block_s: float) -> bool:
+        busy = turn(self, block_s)
+        mark.unlink(missing_ok=True)
+        return busy
+
+    Learner.step, Worker.turn = slowly, marked  # type: ignore[method-assign, assignment]
     with closing(QueryStream.connect(settings, url, "worker")) as stream:
-        worker = Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
-        step, turn = worker.learner.step, worker.turn
-
-        def slowly(queries: Sequence[Query]) -> tuple[StepMetrics, list[Query]]:
-            mark.touch()
-            time.sleep(3 * settings.lease_s)
-            return step(queries)
-
-        def marked() -> None:
-            turn()
-            mark.unlink(missing_ok=True)
-
-        worker.learner.step, worker.turn = slowly, marked  # type: ignore[method-assign]
-        worker.run(threading.Event())
+        audit = AuditLog(settings.path("audit.jsonl"))
+        Workers(settings, policy, Stores(settings, policy), stream, audit).run(threading.Event())
 
 
 async def _put(settings: Settings, url: str, numbers: list[int]) -> None:

@@ -42,9 +42,10 @@ from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Sampling
 from servetune.adapters.versions import Draft
-from servetune.server.engine import SLOTS, Engine, Outcome
+from servetune.server.engine import Engine, Outcome
 from servetune.server.model import load_policy, open_store
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS, Stage
 
 VERSIONS = 4  # more than there are slots
 NATS = 0.01  # batches of other sizes round differently
@@ -58,12 +59,13 @@ async def engine(trial: Trial, **chosen: object) -> AsyncIterator[Parts]:
     whole = Settings(home=trial.folder, serve_threads=1, swap_poll_s=3600, **chosen)  # type: ignore[arg-type]
     policy = load_policy(whole, SLOTS, 1)
     store = open_store(whole, policy)
-    made = Engine(policy, store, whole)
+    made = Engine(Stage(policy, whole), store, whole)
     await made.start()
     try:
         yield made, policy, store
     finally:
-        await made.stop()
+        made.stop()
+        await made.stage.stop()
 
 
 @promise("S1", "a hot swap is invisible")
@@ -199,7 +201,7 @@ class Stand:
     def __init__(self, made: Parts, loop: asyncio.AbstractEventLoop, patience_s: float) -> None:
         self.engine, self._policy, self.store = made
         self._loop, self._patience_s = loop, patience_s
-        self._settings = self.engine._settings
+        self._settings = self.engine.stage._settings
         self.stuck = self.steps = 0
         self.wrong: list[str] = []
         self.labels = count()
@@ -251,8 +253,9 @@ class Stand:
             await asyncio.sleep(0.001)
 
     async def restart(self) -> None:
-        await self.engine.stop()
-        self.engine = Engine(self._policy, self.store, self._settings)
+        self.engine.stop()
+        await self.engine.stage.stop()
+        self.engine = Engine(Stage(self._policy, self._settings), self.store, self._settings)
         await self.engine.start()
 
     def check(self, answer: Outcome) -> None:
@@ -349,11 +352,13 @@ def no_cache_is_stale(trial: Trial) -> Found:
             versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
             cold = {}
             for version in versions:
-                fresh = Engine(policy, store, Settings(home=trial.folder, prompt_cache_bytes=0, swap_poll_s=3600))
+                cold = Settings(home=trial.folder, prompt_cache_bytes=0, swap_poll_s=3600)
+                fresh = Engine(Stage(policy, cold), store, cold)
                 await fresh.start()
                 for number, one in enumerate(probes()):
                     cold[version, number] = await fresh.answer(one, GREEDY, f"v{version:04d}")
-                await fresh.stop()
+                fresh.stop()
+                await fresh.stage.stop()
             check_that_versions_differ({v: [cold[v, n] for n in range(len(probes()))] for v in versions})
             for turn in range(rounds):
                 await swap(made, store, versions[turn % len(versions)])

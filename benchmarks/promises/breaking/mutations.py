@@ -83,7 +83,7 @@ def _notes_pixels(answer: Any) -> Any:
     async def answering(self: Any, query: Any, *args: Any) -> Any:
         (image,) = query.images
         digest = hashlib.sha256(f"{image.size}".encode() + image.tobytes()).hexdigest()
-        _write(f"{self._settings.home}/seen", digest)
+        _write(f"{self.store.folder.parents[1]}/seen", digest)
         return await answer(self, query, *args)
 
     return answering
@@ -113,7 +113,7 @@ def _without_end(warm: Any) -> Any:
 
     def warming(self: Any) -> None:
         warm(self)
-        self._policy.family.end_tokens = frozenset()
+        self.policy.family.end_tokens = frozenset()
 
     return warming
 
@@ -240,15 +240,18 @@ def _to_where_it_is(reset: Any) -> Any:
 
 
 def _one_slot_for_all(free_slot: Any) -> Any:
-    return lambda self: "slot0"
+    async def free(self: Any, adapter: str) -> str:
+        return "slot0"
+
+    return free
 
 
 def _loads_between_answers(loaded: Any) -> Any:
     """On the engine's thread, from a disk that takes its time."""
 
-    async def load(self: Any, version: int) -> Any:
-        await self._run(lambda: time.sleep(0.05))
-        return await loaded(self, version)
+    async def load(self: Any, store: Any, version: int) -> Any:
+        await self.run(lambda: time.sleep(0.05))
+        return await loaded(self, store, version)
 
     return load
 
@@ -256,9 +259,9 @@ def _loads_between_answers(loaded: Any) -> Any:
 def _forgets_every_third(release: Any) -> Any:
     numbers = count(1)
 
-    def some(self: Any, version: int) -> None:
+    def some(self: Any, key: Any) -> None:
         if next(numbers) % 3:
-            release(self, version)
+            release(self, key)
         else:
             self._waiting -= 1  # and keeps the lease
 
@@ -283,7 +286,7 @@ def _without_version(begin_each: Any) -> Any:
 
 def _as_far_as_it_fits(load: Any) -> Any:
     def partly(self: Any, slot: str, weights: Any, probe: Any, version: int) -> None:
-        for name, parameter in self._policy.parameters(slot).items():
+        for name, parameter in self.policy.parameters(slot).items():
             if name in weights:
                 parameter.data.copy_(weights[name])
 
@@ -382,15 +385,15 @@ def _another_each_time(digest: Any) -> Any:
 
 
 def _keeps_what_was_opted_out(why_not: Any) -> Any:
-    return lambda request, opted_out: None
+    return lambda request, choice, opted_out: None
 
 
 def _talks_about_it(why_not: Any) -> Any:
-    def telling(request: Any, opted_out: bool) -> Any:
+    def telling(request: Any, choice: str, opted_out: bool) -> Any:
         import structlog
 
         structlog.get_logger().info("asked", question=request.question)
-        return why_not(request, opted_out)
+        return why_not(request, choice, opted_out)
 
     return telling
 
@@ -558,7 +561,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "dies-before-settling": [Mutation("servetune.server.worker", "Worker._settle", _dies_once_before_settling)],
     "notes-pixels": [Mutation("servetune.server.engine", "Engine.answer", _notes_pixels)],
     "pictures-at-hand": [Mutation("servetune.server.fetch", "ImageFetcher.__init__", _pictures_at_hand)],
-    "endless": [Mutation("servetune.server.engine", "Engine._warm", _without_end)],
+    "endless": [Mutation("servetune.server.stage", "Stage._warm", _without_end)],
     "stalls": [Mutation("servetune.adapters.policy", "Policy.observe_each", _stands_still)],
     "notes-lag": [Mutation("servetune.server.main", "_announce", _notes_lag)],
     "A1": [Mutation("benchmarks.promises.artifacts", "sources", _with_a_pickle)],
@@ -568,13 +571,13 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "A5": [Mutation("servetune.adapters.store", "AdapterStore._verified", _unverified)],
     "A6": [Mutation("servetune.adapters.policy", "Policy.check", always(None))],
     "A7": [Mutation("servetune.adapters.store", "AdapterStore.reset", _to_where_it_is)],
-    "S1": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
-    "S2": [Mutation("servetune.server.engine", "Engine._free_slot", _one_slot_for_all)],
-    "S3": [Mutation("servetune.server.engine", "Engine._loaded", _loads_between_answers)],
+    "S1": [Mutation("servetune.server.stage", "Stage._free_slot", _one_slot_for_all)],
+    "S2": [Mutation("servetune.server.stage", "Stage._free_slot", _one_slot_for_all)],
+    "S3": [Mutation("servetune.server.stage", "Stage._loaded", _loads_between_answers)],
     "S4": [Mutation("servetune.adapters.store", "AdapterStore.weights", _keeps_what_it_read)],
-    "S5": [Mutation("servetune.server.engine", "Engine._release", _forgets_every_third)],
+    "S5": [Mutation("servetune.server.stage", "Stage._release", _forgets_every_third)],
     "S6": [Mutation("servetune.adapters.policy", "Policy.begin_each", _without_version)],
-    "S7": [Mutation("servetune.server.engine", "Engine._load", _as_far_as_it_fits)],
+    "S7": [Mutation("servetune.server.stage", "Stage._load", _as_far_as_it_fits)],
     "I1": [Mutation("servetune.server.images", "ImageReader.read", _raising)],
     "I5": [Mutation("servetune.server.protocol", "HEAD_S", constant(3600.0))],
     "I6": [Mutation("servetune.server.fetch", "ImageFetcher.fetch", _dials_as_told)],

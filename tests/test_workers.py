@@ -1,0 +1,175 @@
+"""The learning process with several adapters: whose turn it is, and who waits for a place."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from servetune.adapters.policy import Policy
+from servetune.server.audit import AuditLog
+from servetune.server.model import Stores, worker_lock
+from servetune.server.settings import Settings
+from servetune.server.valkey import EmbeddedValkey
+from servetune.server.workers import Workers
+from tests.conftest import query
+from tests.redis_servers import eventually, open_buffer, open_stream, running
+
+LABELS = tuple("abcdefgh")
+BATCH = 4
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    with running(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
+
+
+class Class:
+    """The adapters of a home, and who learns for them."""
+
+    def __init__(self, settings: Settings, policy: Policy, url: str) -> None:
+        self.settings, self._policy, self._url = settings, policy, url
+        self.stores = Stores(settings, policy)
+        self._stop, self._thread = threading.Event(), threading.Thread()
+        self.workers: Workers | None = None
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._learn)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread.ident:
+            self._thread.join(30)
+        assert not self._thread.is_alive()
+
+    def _learn(self) -> None:
+        audit = AuditLog(self.settings.path("audit.jsonl"))
+        with open_stream(self.settings, self._url) as stream:
+            self.workers = Workers(self.settings, self._policy, self.stores, stream, audit)
+            self.workers.run(self._stop)
+
+    def ask(self, adapter: str, start: int = 0) -> None:
+        """A batch of questions to an adapter, which is made where there is none."""
+        self.stores.open(adapter)
+
+        async def put() -> None:
+            async with open_buffer(self.settings.model_copy(update={"adapter": adapter}), self._url) as buffer:
+                for number in range(start, start + BATCH):
+                    await buffer.put(query(number, labels=LABELS), "ann")
+
+        asyncio.run(put())
+
+    def heard(self, adapter: str) -> tuple[str, int]:
+        """What its buffer says: the worker's state, and how many queries are left."""
+
+        async def look() -> tuple[str, int]:
+            async with open_buffer(self.settings.model_copy(update={"adapter": adapter}), self._url) as buffer:
+                status = await buffer.status()
+                return (await buffer.read_worker()).state, status.waiting + status.pending
+
+        return asyncio.run(look())
+
+    def live(self, adapter: str) -> int:
+        return self.stores.at(adapter).live().version
+
+
+@pytest.fixture
+def lesson(
+    tmp_path: Path, policy: Policy, valkey: EmbeddedValkey, request: pytest.FixtureRequest
+) -> Iterator[Class]:
+    settings = Settings(
+        home=tmp_path,
+        adapter=f"{request.node.name.strip('_')[-40:].replace('[', '-').replace(']', '')}".lower().strip("-_"),
+        max_answer_tokens=4,
+        queries_per_step=BATCH,
+        steps_per_candidate=1,
+        flush_s=0.0,
+        lease_s=2.0,
+        learning_rate=1e-4,
+        learner="frequency",
+        worker_adapters=2,
+    )
+    made = Class(settings, policy, valkey.url)
+    yield made
+    made.stop()
+
+
+def test_every_adapter_learns_from_its_own_queries(lesson: Class) -> None:
+    """Five adapters and two places."""
+    first = lesson.settings.adapter
+    names = [first, *(f"{first}-{each}" for each in "abcd")]
+    for place, name in enumerate(names):
+        lesson.ask(name, start=BATCH * place)
+    lesson.start()
+    eventually(lambda: all(lesson.live(name) == 1 for name in names), within_s=60)
+    eventually(lambda: all(lesson.heard(name)[1] == 0 for name in names), within_s=10)
+    for place, name in enumerate(names):
+        store = lesson.stores.at(name)
+        assert set(store.manifest(1).query_ids) == {f"q_{BATCH * place + each}" for each in range(BATCH)}
+    digests = {lesson.stores.at(name).manifest(1).digest for name in names}
+    assert len(digests) == len(names)
+    assert all(lesson.heard(name)[0] == "idle" for name in names), "also of those without a place"
+
+
+def test_what_another_process_learns_for_is_left_to_it_until_it_ends(lesson: Class) -> None:
+    other = f"{lesson.settings.adapter}-x"
+    with worker_lock(lesson.settings.model_copy(update={"adapter": other})) as take:
+        assert take()
+        lesson.ask(other)
+        lesson.ask(lesson.settings.adapter, start=BATCH)
+        lesson.start()
+        eventually(lambda: lesson.live(lesson.settings.adapter) == 1, within_s=60)
+        assert lesson.live(other) == 0
+    eventually(lambda: lesson.live(other) == 1, within_s=60)
+
+
+def test_one_that_cannot_be_learned_for_keeps_no_other_from_it(lesson: Class) -> None:
+    broken, sound = f"{lesson.settings.adapter}-broken", f"{lesson.settings.adapter}-sound"
+    for place, name in enumerate((broken, sound)):
+        lesson.ask(name, start=BATCH * place)
+    (lesson.stores.at(broken).folder / "v0000" / "manifest.json").write_text("{}")
+    lesson.start()
+    eventually(lambda: lesson.live(sound) == 1, within_s=60)
+    assert lesson.heard(broken)[1] == BATCH, "its queries wait"
+
+
+def test_a_paused_one_gives_its_place_to_others(lesson: Class) -> None:
+    first = lesson.settings.adapter
+    paused, later = f"{first}-paused", f"{first}-later"
+    lesson.ask(paused)
+    lesson.stores.at(paused).set_paused(True)
+    lesson.start()
+    lesson.ask(later, start=BATCH)
+    eventually(lambda: lesson.live(later) == 1, within_s=60)
+    assert (lesson.live(paused), lesson.heard(paused)[1]) == (0, BATCH)
+    lesson.stores.at(paused).set_paused(False)
+    eventually(lambda: lesson.live(paused) == 1, within_s=60)
+
+
+def test_a_busy_one_gives_its_place_up_in_time(lesson: Class, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One place; the first adapter would go on for ever."""
+    monkeypatch.setattr("servetune.server.workers.TERM_S", 2.0)
+    lesson.settings = lesson.settings.model_copy(
+        update={"worker_adapters": 1, "steps_per_candidate": 10**6, "flush_s": 60.0}
+    )
+    first, other = lesson.settings.adapter, f"{lesson.settings.adapter}-other"
+
+    lesson.ask(first)
+    lesson.start()
+    eventually(lambda: lesson.workers is not None and list(lesson.workers._places) == [first], within_s=30)
+    lesson.ask(first, start=100)
+    lesson.stores.open(other)
+
+    async def one() -> None:  # less than a batch: it is held, and nothing is at rest
+        async with open_buffer(lesson.settings.model_copy(update={"adapter": first}), lesson._url) as buffer:
+            await buffer.put(query(999, labels=LABELS), "ann")
+
+    asyncio.run(one())
+    lesson.ask(other, start=200)
+    eventually(lambda: lesson.workers is not None and list(lesson.workers._places) == [other], within_s=30)
+    assert lesson.heard(first)[1] > 0, "what it had not finished is back"
