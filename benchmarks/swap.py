@@ -9,22 +9,24 @@ probes one. What each version answers to each probe was written down before, wit
 Last line of stdout: JSON. `failed` answers raised an error; `mixed` ones are those of another version than they
 say they are, `torn` ones are no version's. `max_stall_ms` is the longest time that a swap held the engine's
 thread, or a request for a version that is loaded already; `max_load_ms` is what loading one took beside the
-answers. `p99_ratio` is the p99 of answers while versions are swapped once a second against none, in three
-interleaved rounds (a version in a second is many times what a learner makes). `rss_slope_kb_per_swap` is by
-least squares over the second half of the last `more` swaps without clients.
+answers. `p99_ratio` is the p99 of answers about new pictures while versions are swapped once a second against
+none, the median of three interleaved rounds each (a version in a second is many times what a learner makes).
+`rss_slope_kb_per_swap` is by least squares over the second half of the last `more` swaps without clients.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -119,16 +121,16 @@ def watched(engine: Engine) -> tuple[list[float], list[float]]:
 
         return run
 
-    make_resident = engine.stage.load
+    load = engine.stage.load
 
-    async def make_resident_watched(version: int) -> Any:
-        known, began = version in engine.stage._resident, time.perf_counter()
-        made = await make_resident(version)
+    async def load_watched(store: AdapterStore, version: int) -> Any:
+        known, began = (store.name, version) in engine.stage._resident, time.perf_counter()
+        made = await load(store, version)
         if known:
             stalls.append(time.perf_counter() - began)
         return made
 
-    engine.stage.load = make_resident_watched  # type: ignore[method-assign]
+    engine.stage.load = load_watched  # type: ignore[method-assign]
     submit = engine.stage._thread.submit
 
     def submit_watched(work: Any, *args: Any) -> Any:
@@ -207,25 +209,39 @@ async def swap(engine: Engine, store: AdapterStore, version: int) -> None:
 async def swap_and_wait(
     engine: Engine, store: AdapterStore, versions: list[int], clients: int, rounds: int = 3, seconds: float = 5.0
 ) -> float:
-    """p99 of answers while a version a second is swapped, over that with none, in interleaved rounds."""
-    times: dict[bool, list[float]] = {False: [], True: []}
+    """p99 of answers about new pictures while a version a second is swapped, over that with none.
+
+    Medians over interleaved rounds. The same pictures again would be answered from the cache, but for the first
+    time after each swap.
+    """
+    p99s: dict[bool, list[float]] = {False: [], True: []}
+    new = unseen()
     for turn in range(2 * rounds):
         swapping = bool(turn % 2)
-        until, asked = time.perf_counter() + seconds, probes()
+        until, times = time.perf_counter() + seconds, list[float]()
 
-        async def client(number: int, until: float, asked: list[Query], times: list[float]) -> None:
+        async def client(until: float, times: list[float]) -> None:
             while (began := time.perf_counter()) < until:
-                await engine.answer(asked[(number + len(times)) % len(asked)], GREEDY, "live")
+                await engine.answer(next(new), GREEDY, "live")
                 times.append(time.perf_counter() - began)
 
-        working = [asyncio.create_task(client(n, until, asked, times[swapping])) for n in range(clients)]
+        working = [asyncio.create_task(client(until, times)) for _ in range(clients)]
         number = turn
         while swapping and time.perf_counter() < until - 1:
             await asyncio.sleep(1)
             number += 1
             await swap(engine, store, versions[number % len(versions)])
         await asyncio.gather(*working)
-    return quantile(times[True]) / quantile(times[False])
+        p99s[swapping].append(quantile(times))
+    return statistics.median(p99s[True]) / statistics.median(p99s[False])
+
+
+def unseen() -> Iterator[Query]:
+    """Questions of both kinds about pictures of noise, no two alike."""
+    rng = random.Random(0)
+    for number in itertools.count():
+        picture = Image.frombytes("RGB", (96, 96), rng.randbytes(96 * 96 * 3))
+        yield Query(f"n{number}", (picture,), "what is this?", LABELS if number % 2 else ())
 
 
 def quantile(times: list[float], share: float = 0.99) -> float:

@@ -37,8 +37,9 @@ USER = [Depends(Require("user"))]
 
 
 async def asker(caller: UserDep, services: ServicesDep) -> Principal:
-    """Who asks a question, within what their key may ask."""
-    services.quota.admit(caller.id)
+    """Who asks a question, within what their key may ask and the server can answer."""
+    services.answers.check_room()
+    services.quota.admit(caller.id)  # what was refused for want of room is not counted
     return caller
 
 

@@ -121,9 +121,13 @@ class AnswerService:
         await self._keeper.drain()
         self._images.close()
 
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        # Counted before decoding: a full server must not pay for the images it refuses.
+    def check_room(self) -> None:
+        """Whether one more may wait: asked before a body is read, so that a full server refuses at little cost.
+
+        Raises:
+            ServiceError: the server is not ready.
+            QueueFull: as many wait, or for as long, as the settings allow.
+        """
         if not self._engine.ready():
             raise ServiceError("not_ready")
         ahead = self._admitted_now
@@ -131,6 +135,10 @@ class AnswerService:
             raise QueueFull
         if ahead > ALWAYS_ADMITTED and self._engine.wait_s(ahead) > self._settings.queue_wait_s:
             raise QueueFull
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        self.check_room()  # others may have come while the body did
         self._admitted_now += 1
         try:
             yield

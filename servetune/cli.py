@@ -433,7 +433,9 @@ def list_adapters(client: Client) -> list[AdapterInfo]:
 
 
 @command(adapters)
-def create(client: Client, name: Annotated[str, typer.Argument(help="Of a tenant, task or camera.")]) -> AdapterInfo:
+def create(
+    client: Client, name: Annotated[str, typer.Argument(help="Of a tenant, task or camera.")]
+) -> AdapterInfo:
     """Make an adapter, which answers as the base until it learns."""
     return client.adapters.create(name)
 

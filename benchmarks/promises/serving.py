@@ -8,6 +8,7 @@ import io
 import statistics
 import time
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,8 +21,9 @@ from benchmarks.servers import resident_mb, running
 from servetune import Client
 from servetune.evals.data import BadData
 
+CROWD = 16  # questions at once, before threads are counted
 CLIENTS = 8  # that never wait: as many as do not have to wait longer than this
-WAIT_S = 0.3  # how long a question may wait for the model: what bounds the p99 of those that are let in
+WAIT_S = 0.2  # how long a question may wait for the model: what bounds the p99 of those that are let in
 FLAT_MB = 32.0  # what the allocator may keep of a wave of requests
 CACHES = {"prompt_cache_bytes": 2**20, "feature_cache_bytes": 2**20}  # full soon: what grows is no cache
 SETTLING_S = 900  # of the long form
@@ -30,7 +32,7 @@ SETTLING_S = 900  # of the long form
 @promise("O1", "overload degrades flat", timed=True)
 def overload_degrades_flat(trial: Trial) -> Found:
     """Four times as many questions as can be answered (`benchmarks.overload`)."""
-    options = Namespace(model="nano", seconds=6.0 if trial.short else 120.0, times=4.0, clients=CLIENTS)
+    options = Namespace(model="nano", seconds=12.0 if trial.short else 120.0, times=4.0, clients=CLIENTS)
     with (
         running("ours", checkpoint("nano"), 1, trial.folder, queue_wait_s=WAIT_S, **CACHES) as server,
         contextlib.redirect_stdout(io.StringIO()),
@@ -49,7 +51,8 @@ def overload_degrades_flat(trial: Trial) -> Found:
 @promise("O5", "learning does not spoil serving", timed=True)
 def learning_does_not_spoil_serving(trial: Trial) -> Found:
     """The same load with the learner busy and stopped, by turns (`benchmarks.beside`)."""
-    options = Namespace(rounds=trial.times(1, 5), seconds=3.0 if trial.short else 15.0)
+    # A window in which the worker makes no step would say nothing.
+    options = Namespace(rounds=trial.times(3, 5), seconds=8.0 if trial.short else 15.0)
     options.queries = trial.times(96, 640)
     chosen = {"worker": True, "worker_threads": 1, "lease_s": 3600, "queue_wait_s": 600}
     try:
@@ -88,8 +91,10 @@ def nothing_is_left_behind(trial: Trial) -> Found:
     The short form cannot tell a slope of 1 MB an hour: there memory may grow by what the allocator keeps.
     """
     seconds, settling_s = trial.times(24, 7200), trial.times(8, SETTLING_S)
-    asked, samples, number, dice = Asked(), [], 0, trial.dice
+    warming, asked, samples, number, dice = Asked(), Asked(), [], 0, trial.dice
     with Product(trial.folder / "home", **QUICK | CACHES) as product, product.client() as client:
+        with ThreadPoolExecutor(CROWD) as crowd:  # every pool of threads as large as it will be
+            list(crowd.map(lambda _: warming.once(client), range(4 * CROWD)))
         began, server = time.monotonic(), product.pid("server")
         assert server
         while (spent_s := time.monotonic() - began) < seconds:

@@ -134,7 +134,7 @@ def _nats(answer: Outcome) -> float:
 @promise("S3", "swaps cost little", timed=True)
 def swaps_cost_little(trial: Trial) -> Found:
     """A version a second against none, by turns; and how long a swap as such holds the engine's thread."""
-    rounds, seconds = trial.times(2, 5), 4.0 if trial.short else 10.0
+    rounds, seconds = trial.times(3, 5), 8.0 if trial.short else 10.0
 
     async def measure() -> tuple[float, float]:
         async with engine(trial) as (made, policy, store):

@@ -520,8 +520,8 @@ def _biased(advantages: Any) -> Any:
     return lambda rewards, weights, num=None, *rest: advantages(rewards, weights, None, *rest)
 
 
-def _admits_all(admitted: Any) -> Any:
-    return lambda self: contextlib.nullcontext()
+def _admits_all(check_room: Any) -> Any:
+    return lambda self: None
 
 
 def _pushes_in(yield_to_serving: Any) -> Any:
@@ -606,7 +606,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "P7": [Mutation("servetune.adapters.step", "Learner._useful", _whatever_was_voted)],
     "P8": [Mutation("servetune.server.cipher", "Cipher.digest", _another_each_time)],
     "P9": [Mutation("servetune.adapters.grpo", "advantages", _biased)],
-    "O1": [Mutation("servetune.server.service", "AnswerService._admitted", _admits_all)],
+    "O1": [Mutation("servetune.server.service", "AnswerService.check_room", _admits_all)],
     "O5": [
         Mutation("servetune.server.worker", "yield_to_serving", _pushes_in),
         Mutation("servetune.server.model", "load_policy", _with_more_threads),
