@@ -35,6 +35,7 @@ from servetune.clients.types import (
 from servetune.server.access import Principal, Require
 from servetune.server.description import problems
 from servetune.server.errors import ServiceError, as_service_error
+from servetune.server.history import act_event
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
@@ -78,6 +79,8 @@ class Operator:
             raise
         made = {"made": version_name(result.version)} if isinstance(result, Manifest) else {}
         await self._audit(event, {**details, **made})
+        if told := act_event(event, details, result):
+            self.services.history.record(self.services.store.name, *told)
         await self.services.engine.refresh()
         return result
 
@@ -153,7 +156,7 @@ async def export(store: StoreDep, version: AdapterChoice, operator: OperatorDep)
 @router.get("/adaptation")
 async def get_adaptation(services: ServicesDep) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
-    return await _adaptation_status(services)
+    return await adaptation_status(services)
 
 
 @router.get("/audit")
@@ -253,7 +256,7 @@ async def erase(body: EraseRequest, operator: OperatorDep) -> Erased:
 
 async def _set_paused(operator: Operator, event: str, paused: bool) -> AdaptationStatus:
     await operator.act(event, {}, asyncio.to_thread(operator.services.store.set_paused, paused))
-    return await _adaptation_status(operator.services)
+    return await adaptation_status(operator.services)
 
 
 # --- store to wire -----------------------------------------------------------------------------------
@@ -275,7 +278,8 @@ async def _adapter_info(services: Services) -> AdapterInfo:
     )
 
 
-async def _adaptation_status(services: Services) -> AdaptationStatus:
+async def adaptation_status(services: Services) -> AdaptationStatus:
+    """Is it learning, from what, and how far is serving behind?"""
     store, serving = services.store, services.engine.serving
     live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
     low, high = sorted((serving, live.version))

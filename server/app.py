@@ -15,19 +15,22 @@ from starlette.middleware import Middleware
 
 import servetune
 from servetune.adapters.store import AdapterStore
-from servetune.server import admin, chat, routes
+from servetune.server import admin, chat, live, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
 from servetune.server.description import complete
 from servetune.server.engine import Engine
 from servetune.server.errors import as_service_error, problem
+from servetune.server.history import History
 from servetune.server.idempotency import Idempotency
-from servetune.server.images import ImageReader
+from servetune.server.measuring import Measured, MeasuredAnswers, MeasuredImages
+from servetune.server.metrics import Metrics
 from servetune.server.middleware import BodyCap, Boundary, LocalOnly
 from servetune.server.quota import Quota
-from servetune.server.service import AnswerService, Services
+from servetune.server.service import Services
 from servetune.server.settings import Settings
+from servetune.server.watch import Watch
 
 
 class UndeclaredScope(RuntimeError):
@@ -41,26 +44,39 @@ def create_app(
     buffer: QueryBuffer,
     access: Access,
     audit: AuditLog,
+    history: History,
 ) -> FastAPI:
-    """The HTTP application. Its lifespan starts and stops the engine and closes the buffer.
+    """The HTTP application. Its lifespan starts and stops the engine and closes buffer and history.
 
     Raises:
         UndeclaredScope: some route declares no scope; nothing is served by accident.
     """
-    answers = AnswerService(settings, engine, buffer, ImageReader(settings))
+    metrics = Metrics([store.name])
+    answers = MeasuredAnswers(metrics, settings, engine, buffer, MeasuredImages(metrics, settings))
     app = FastAPI(
         title="servetune",
         version=servetune.__version__,
         description="Answers questions about images, and learns from the questions.",
-        middleware=_middleware(settings, access),
+        middleware=_middleware(settings, access, metrics),
         lifespan=_lifespan,
         exception_handlers={HTTPException: _render, RequestValidationError: _render},
         openapi_url=None,  # served by our own routes, behind the same keys as the rest
     )
     app.state.services = Services(
-        settings, engine, store, buffer, access, audit, answers, Quota(settings.requests_per_minute)
+        settings,
+        engine,
+        store,
+        buffer,
+        access,
+        audit,
+        answers,
+        Quota(settings.requests_per_minute),
+        history,
+        metrics,
     )
+    app.state.watch = Watch(app.state.services)
     app.include_router(routes.router)
+    app.include_router(live.router)
     app.include_router(chat.router)
     if access.has_admin_key:
         app.include_router(admin.router)
@@ -83,14 +99,16 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         compacting.cancel()
     await services.answers.drain()
     await services.engine.stop()
+    await services.history.close()
     await services.buffer.close()
 
 
-def _middleware(settings: Settings, access: Access) -> list[Middleware]:
+def _middleware(settings: Settings, access: Access, metrics: Metrics) -> list[Middleware]:
     """Outermost first."""
     hosts = {"localhost", "127.0.0.1", "::1", settings.host.strip("[]").lower()}
     return [
         Middleware(Boundary),
+        Middleware(Measured, metrics=metrics),
         *([] if access.has_user_keys else [Middleware(LocalOnly, hosts=hosts)]),
         Middleware(BodyCap, limit=settings.max_body_bytes),
         Middleware(Idempotency),

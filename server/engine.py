@@ -73,8 +73,21 @@ class Outcome:
     rollouts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A change of what is served, how long it took from being noticed, and why it was refused, if it was."""
+
+    version: int
+    previous: int
+    seconds: float
+    refused: str | None = None
+
+
 class Engine:
-    """Answers queries with any version of one adapter. Its methods run on the event loop's thread."""
+    """Answers queries with any version of one adapter. Its methods run on the event loop's thread.
+
+    `on_swap` is told of every swap, also of those that are refused.
+    """
 
     def __init__(self, policy: Policy, store: AdapterStore, settings: Settings) -> None:
         self.store = store
@@ -85,6 +98,7 @@ class Engine:
         self.recognition_question = settings.recognition_question or policy.family.recognition_question
         self.serving = BASE
         self.stands_still = False
+        self.on_swap: Callable[[Swap], None] = lambda swap: None
         self._policy = policy
         self._settings = settings
         # The number of threads is a property of each thread that calls torch.
@@ -136,6 +150,16 @@ class Engine:
     def wait_s(self, ahead: int) -> float:
         """How long a request will wait for so many others, going by how long answers have taken of late."""
         return ahead * self._answering.pace_s
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are with the model or wait for it."""
+        return self._waiting
+
+    @property
+    def batches(self) -> Mapping[int, int]:
+        """How often so many requests were answered together."""
+        return dict(self._answering.batches)
 
     async def ping(self) -> None:
         """A no-op through the engine's thread."""
@@ -287,16 +311,20 @@ class Engine:
         live = await asyncio.to_thread(self.store.live)
         if live.version == self.serving or self._refused == (live.generation, live.version):
             return self.serving
+        began = time.perf_counter()
         try:
             await self._make_resident(live.version)
         except (StoreError, RuntimeError) as error:  # torch raises RuntimeError, out of memory included
             self._refused = (live.generation, live.version)
             log.error("swap_refused", version=version_name(live.version), error=type(error).__name__)
+            self.on_swap(Swap(live.version, self.serving, time.perf_counter() - began, type(error).__name__))
         except QueueFull:
             pass  # all slots are leased: the swap waits, the requests do not
         else:
             before, self.serving = self.serving, live.version
-            log.info("swapped", version=version_name(live.version), previous=version_name(before))
+            if before != self.serving:  # an operator's act and the watch may both have waited for it
+                log.info("swapped", version=version_name(live.version), previous=version_name(before))
+                self.on_swap(Swap(live.version, before, time.perf_counter() - began))
         return self.serving
 
     async def forget(self, versions: Collection[int]) -> None:

@@ -34,6 +34,7 @@ from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
 from servetune.server.engine import SLOTS, Engine
+from servetune.server.history import History, Recorder
 from servetune.server.model import load_policy, open_store, worker_lock
 from servetune.server.protocol import TimelyProtocol
 from servetune.server.settings import Settings
@@ -84,8 +85,11 @@ def worker(**flags: Any) -> None:
             store = open_store(settings, policy)
             audit = AuditLog(settings.path("audit.jsonl"))
             log.info("worker_started", model=settings.model, adapter=settings.adapter, home=str(settings.home))
-            with closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream:
-                Worker(settings, policy, store, stream, audit).run(stop)
+            with (
+                closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream,
+                closing(Recorder.connect(redis_url, settings.adapter)) as history,
+            ):
+                Worker(settings, policy, store, stream, audit, history.record).run(stop)
 
 
 async def _serve(settings: Settings, redis_url: str) -> bool:
@@ -98,7 +102,8 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
     engine = Engine(policy, store, settings)
     buffer = QueryBuffer.connect(settings, redis_url)
     access = Access.from_settings(settings)
-    app = create_app(settings, engine, store, buffer, access, AuditLog(settings.path("audit.jsonl")))
+    history = History.connect(redis_url)
+    app = create_app(settings, engine, store, buffer, access, AuditLog(settings.path("audit.jsonl")), history)
     config = uvicorn.Config(
         app,
         http=TimelyProtocol,
@@ -109,7 +114,7 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
         timeout_graceful_shutdown=25,
     )
     beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
-    server = _Server(config, beside)
+    server = _Server(config, beside, history)
     announce = asyncio.create_task(_announce(server, settings))
     try:
         await server.serve()
@@ -130,14 +135,16 @@ class _Server(uvicorn.Server):
     Valkey are stopped.
     """
 
-    def __init__(self, config: uvicorn.Config, beside: asyncio.Task[None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, beside: asyncio.Task[None] | None, history: History) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
         self._beside = beside
+        self._history = history
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._beside and not self.should_exit:
             self._beside.cancel()  # now: the worker may need a while, and so may the last answers
+        self._history.end()  # who follows it would be waited for
         super().handle_exit(sig, frame)
 
     @contextmanager
@@ -163,6 +170,7 @@ async def _announce(server: _Server, settings: Settings) -> None:
     picture = _picture_to_try()
     print(
         f"\nservetune answers at {url} (API: {url}/docs)\n"
+        f"watch it learn: {url}/\n"
         f"admin key: {settings.path('admin.key')}\n"
         f"try:\n  curl -s {url}/answer -F image=@{picture} -F 'question=What is this?'\n",
         flush=True,

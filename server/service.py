@@ -34,8 +34,10 @@ from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
 from servetune.server.engine import Engine, Outcome, QueueFull
 from servetune.server.errors import ServiceError
+from servetune.server.history import History
 from servetune.server.ids import new_id
 from servetune.server.images import ImageReader
+from servetune.server.metrics import Metrics
 from servetune.server.quota import Quota
 from servetune.server.settings import Settings
 
@@ -301,3 +303,5 @@ class Services:
     audit: AuditLog
     answers: AnswerService
     quota: Quota
+    history: History
+    metrics: Metrics

@@ -29,6 +29,7 @@ from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, Erase
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
+from servetune.server.history import Record, silent, version_event
 from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
@@ -53,16 +54,27 @@ def learner_config(settings: Settings) -> LearnerConfig:
 
 
 class Worker:
-    """Learns for one adapter. `turn` is one round of the loop; `run` repeats it until told to stop."""
+    """Learns for one adapter. `turn` is one round of the loop; `run` repeats it until told to stop.
+
+    Args:
+        record: is told of every step, verdict and version.
+    """
 
     def __init__(
-        self, settings: Settings, policy: Policy, store: AdapterStore, stream: QueryStream, audit: AuditLog
+        self,
+        settings: Settings,
+        policy: Policy,
+        store: AdapterStore,
+        stream: QueryStream,
+        audit: AuditLog,
+        record: Record = silent,
     ) -> None:
         self._settings = settings
         self._policy = policy
         self._store = store
         self._stream = stream
         self._audit = audit
+        self._record = record
         self.learner = Learner(policy, learner_config(settings), seed=settings.seed)
         self._gate = Gate(policy, max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
@@ -158,18 +170,18 @@ class Worker:
         batch = [d for d in batch if d.query.id not in known]
         if not batch:
             return True
+        began = time.perf_counter()
         try:
             metrics, taught = self.learner.step([d.query for d in batch])
             self._gate.remember([d.query for d in batch])
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
-            log.error("step_failed", error=type(error).__name__, queries=len(batch))
-            self.failures += 1
+            self._note_failure(error, len(batch))
             self._leased = [d for d in self._leased if d not in batch]
             self._stream.release(batch, failed=True)
             self.learner.forget(d.query.id for d in batch)
             self._give_back()
             return False
-        self._note_step(metrics)
+        self._note_step(metrics, time.perf_counter() - began)
         ids = {query.id for query in taught}
         self._settle([d for d in batch if d.query.id not in ids], "no_signal")
         self._held += [d for d in batch if d.query.id in ids]
@@ -177,13 +189,14 @@ class Worker:
 
     def _replay(self) -> bool:
         """Steps on what is remembered. False when one failed; then the candidate is dropped with the memory."""
+        began = time.perf_counter()
         try:
-            self._note_step(self.learner.step([])[0])
+            metrics, _ = self.learner.step([])
         except Exception as error:
-            log.error("step_failed", error=type(error).__name__, queries=0)
-            self.failures += 1
+            self._note_failure(error, 0)
             self._give_back()
             return False
+        self._note_step(metrics, time.perf_counter() - began)
         return True
 
     def _conclude(self) -> None:
@@ -192,6 +205,7 @@ class Worker:
         verdict = self._judge(witnesses)
         self._judged_step = self.learner.steps
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
+        self._record("verdict", verdict.as_dict() | {"step": self.learner.steps})
         if verdict.early:
             log.info("candidate_waits", reasons=verdict.reasons)
             self.learner.proceed()
@@ -279,6 +293,7 @@ class Worker:
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
         self._audit.append("adapter_promoted", "worker", None, {"version": version_name(version)})
+        self._record("publish", version_event(self._store.manifest(version)))
         log.info("published", version=version_name(version))
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
@@ -299,6 +314,7 @@ class Worker:
             self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
             self._audit.append("adapter_rolled_back", "worker", None, details)
+            self._record("rollback", {"by": "worker", "version": version_name(target), "reasons": verdict.reasons})
             log.warning("rolled_back", version=version_name(target), reasons=verdict.reasons)
         self._follow()
 
@@ -320,6 +336,7 @@ class Worker:
         with suppress(AliasMoved):
             made = self._store.reset(expected_generation=self._live.generation)
             self._audit.append("adapter_reset", "worker", None, {"version": version_name(made.version)})
+            self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", version=version_name(made.version))
         self._follow()
 
@@ -374,11 +391,17 @@ class Worker:
             done = {d.query.id for d in deliveries}
             self._leased = [d for d in self._leased if d.query.id not in done]
 
-    def _note_step(self, metrics: StepMetrics) -> None:
+    def _note_failure(self, error: Exception, queries: int) -> None:
+        log.error("step_failed", error=type(error).__name__, queries=queries)
+        self.failures += 1
+        self._record("step", {"step": self.learner.steps, "groups": queries, "failed": type(error).__name__})
+
+    def _note_step(self, metrics: StepMetrics, seconds: float) -> None:
         self._heard |= self.learner.remembered()
         numbers = {**asdict(metrics)["values"], "groups": metrics.groups, "informative": metrics.informative}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self.learner.steps})
+        self._record("step", {"step": self.learner.steps, "seconds": round(seconds, 4), **numbers})
 
     def _report(self, state: str) -> None:
         update = {"state": state, "error": None, "version": version_name(self._live.version)}

@@ -23,9 +23,10 @@ from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
 from servetune.server.engine import SLOTS, Engine, QueueFull
+from servetune.server.history import History
 from servetune.server.settings import Settings
 from tests.conftest import noise
-from tests.fakes import USER_KEY, FakeBuffer, World, png, until
+from tests.fakes import USER_KEY, FakeBuffer, FakeHistory, World, png, until
 
 
 def asked(text: str = "what is this?", images: int = 1) -> list[dict[str, Any]]:
@@ -205,7 +206,8 @@ async def tiny_client(tmp_path: Path, tiny: Path) -> AsyncIterator[AsyncOpenAI]:
     policy.use(None)
     store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
     audit, buffer = AuditLog(settings.path("audit.jsonl")), cast(QueryBuffer, FakeBuffer())
-    app = create_app(settings, Engine(policy, store, settings), store, buffer, Access([], None), audit)
+    history = cast(History, FakeHistory())
+    app = create_app(settings, Engine(policy, store, settings), store, buffer, Access([], None), audit, history)
     async with app.router.lifespan_context(app):
         yield client_of(httpx2.ASGITransport(app))
 

@@ -1,0 +1,168 @@
+"""What one server shows of itself: how its adapter stands, what happens to it, and what is counted of that.
+
+Knows nothing of HTTP; `live.py` has the routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from servetune.adapters.versions import StoreError, version_name
+from servetune.clients.types import AdaptationStatus, Event, Series
+from servetune.server.admin import adaptation_status
+from servetune.server.buffer import BufferUnavailable
+from servetune.server.engine import Swap
+from servetune.server.metrics import Reading
+from servetune.server.service import Services
+
+POLL_S = 0.5  # how often those who follow look for news
+STATUS_S = 2.0  # how often they are told how things stand
+FRESH_S = 1.0  # for this long a reading is not taken again
+AT_ONCE = 500  # events read together
+
+
+class Watch:
+    """The view of one server. `streams` counts those who follow its events."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._counted = f"{time.time() * 1000:.0f}-0"  # up to this event; counters begin with the process
+        self._counting = asyncio.Lock()
+        self._reading: tuple[float, Reading] | None = None
+        self._taking = asyncio.Lock()
+        self.streams = 0
+        services.engine.on_swap = self._note_swap
+
+    async def events(self, since: str, status: bool, follow: bool) -> AsyncIterator[Event]:
+        """What happened after the event with id `since` and, to who follows, what happens from then on.
+
+        Ends when the server begins to end. While Redis is down nothing comes, and nothing is missed.
+        """
+        services, due = self._services, 0.0
+        self.streams += 1
+        try:
+            while True:
+                if status and time.monotonic() >= due:
+                    yield await self.status()
+                    due = time.monotonic() + STATUS_S
+                events: list[Event] = []
+                with suppress(BufferUnavailable):
+                    events = await services.history.read(services.store.name, since, AT_ONCE)
+                for event in events:
+                    yield event
+                    since = event.id or since
+                if len(events) == AT_ONCE:
+                    continue
+                if not follow or await services.history.ended(POLL_S):
+                    return
+        finally:
+            self.streams -= 1
+
+    async def series(self, since: str | None, limit: int) -> Series:
+        """The numbers of the steps after the event with id `since`, or of the newest events, as columns.
+
+        Raises BufferUnavailable.
+        """
+        adapter = self._services.store.name
+        events = await self._services.history.read(adapter, since, limit)
+        steps = [event for event in events if event.kind == "step" and "failed" not in event.data]
+        names = dict.fromkeys(name for event in steps for name, value in event.data.items() if _is_number(value))
+        columns: dict[str, list[float | None]] = {"time": [event.time for event in steps]}
+        columns |= {name: [event.data.get(name) for event in steps] for name in names}
+        marks = [event for event in events if event.kind != "step"]
+        return Series(
+            adapter=adapter, columns=columns, marks=marks, last_event_id=events[-1].id if events else since
+        )
+
+    async def status(self) -> Event:
+        """How things stand now; an event without an id, since it is not kept."""
+        reading = await self.reading()
+        status, settings = reading.status, self._services.settings
+        worker, buffer = status.worker, status.buffer.model_dump()
+        data = {
+            "mode": mode(status),
+            "learner": settings.learner,
+            "serving": status.serving,
+            "created": reading.created,
+            "live": status.live,
+            "lag_versions": status.lag_versions,
+            "worker": {"state": worker.state, "version": worker.version, "steps": worker.steps},
+            "last_verdict": worker.last_verdict,
+            "buffer": buffer | {"capacity": settings.buffer_queries},
+            "requests": self._services.metrics.traffic.summary() | {"waiting": reading.waiting},
+        }
+        return Event(time=time.time(), adapter=status.adapter, kind="status", data=data)
+
+    async def metrics(self, accept: str) -> tuple[bytes, str]:
+        """The metrics as text and its content type, with all that happened until now."""
+        await self._count()
+        return self._services.metrics.expose([await self.reading()], accept)
+
+    async def reading(self) -> Reading:
+        """How the adapter stands now, or stood a moment ago."""
+        async with self._taking:
+            if self._reading is None or time.monotonic() - self._reading[0] > FRESH_S:
+                self._reading = (time.monotonic(), await self._read())
+            return self._reading[1]
+
+    async def _read(self) -> Reading:
+        services, store, engine = self._services, self._services.store, self._services.engine
+        status = await adaptation_status(services)
+        digest, created = "", None
+        with suppress(StoreError):  # erased a moment ago
+            made = await asyncio.to_thread(store.manifest, engine.serving)
+            digest, created = made.digest, made.created
+        return Reading(
+            status=status,
+            digest=digest,
+            created=created,
+            waiting=engine.waiting,
+            leases={version_name(version): count for version, count in engine.residency()[1].items()},
+            batches=engine.batches,
+            staleness=await asyncio.to_thread(self._staleness, status),
+        )
+
+    def _staleness(self, status: AdaptationStatus) -> int:
+        """Versions between what the worker builds on and what is live."""
+        if status.worker.version is None:
+            return 0
+        low, high = sorted(int(name.removeprefix("v")) for name in (status.worker.version, status.live))
+        return sum(low < number <= high for number in self._services.store.versions())
+
+    async def _count(self) -> None:
+        """Count what happened since it was last counted, as far as Redis can be asked."""
+        services = self._services
+        async with self._counting:
+            with suppress(BufferUnavailable):
+                while events := await services.history.read(services.store.name, self._counted, AT_ONCE):
+                    for event in events:
+                        services.metrics.hear(event)
+                        self._counted = event.id or self._counted
+
+    def _note_swap(self, swap: Swap) -> None:
+        services, adapter = self._services, self._services.store.name
+        services.metrics.swaps.labels(adapter, "refused" if swap.refused else "done").inc()
+        services.metrics.swap.labels(adapter).observe(swap.seconds)
+        told: dict[str, Any] = {
+            "version": version_name(swap.version),
+            "previous": version_name(swap.previous),
+            "seconds": round(swap.seconds, 4),
+        }
+        services.history.record(adapter, "swap", told | ({"refused": swap.refused} if swap.refused else {}))
+
+
+def mode(status: AdaptationStatus) -> str:
+    """Whether it learns, in a word."""
+    if not status.buffer.connected or status.worker.state == "degraded":
+        return "degraded"
+    if status.paused:
+        return "paused"
+    return "absent" if status.worker.state == "absent" else "learning"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
