@@ -1,7 +1,7 @@
-"""Following an adapter's history: one subscription over as many connections as it takes. It does no I/O.
+"""An adapter's history: its events over as many connections as it takes, and its series. It does no I/O.
 
-`drivers` sends what `request` makes, hands every line to `heard`, and waits as long as it is told before it asks
-again for what came after the last event.
+`drivers` sends what a subscription's `request` makes, hands every line to `heard`, and waits as long as `broken`
+says before it asks again for what came after the last event.
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ class Subscription:
     since: str | None
     status: bool
     follow: bool
+    _last: str | None = None  # id of the last event, or of where the server begins
+    _id: str | None = None  # of the event that is coming in
+    _data: list[str] = field(default_factory=list)
     _failures: int = 0
     _reached: bool = False
-    _data: list[str] = field(default_factory=list)
 
     def request(self) -> httpx2.Request:
         """Asks for what comes after the last event."""
@@ -44,24 +46,31 @@ class Subscription:
             "status": "true" if self.status else None,
             "follow": None if self.follow else "false",
         }
-        self._data.clear()
-        return self.session.request(_call("/v1/adaptation/events", self.session, query, nothing, SILENCE_S))
+        self._id, self._data = None, []
+        request = self.session.request(_call("/v1/adaptation/events", self.session, query, nothing, SILENCE_S))
+        if self._last is not None:
+            request.headers["Last-Event-ID"] = self._last
+        return request
 
     def heard(self, line: str) -> Event | None:
-        """The event that a line completes."""
+        """The event that a line completes, if it does."""
         self._reached, self._failures = True, 0
-        if line.startswith("data:"):
-            self._data.append(line.removeprefix("data:").removeprefix(" "))
-        if line or not self._data:
+        name, _, value = line.partition(":")
+        if name == "data":
+            self._data.append(value.removeprefix(" "))
+        elif name == "id":
+            self._id = value.removeprefix(" ")
+        return self._complete() if not line else None
+
+    def _complete(self) -> Event | None:
+        text, self._data = "\n".join(self._data), []
+        self._last, self._id = self._id or self._last, None
+        if not text:
             return None
-        text = "\n".join(self._data)
-        self._data.clear()
         try:
-            event = Event.model_validate_json(text)
+            return Event.model_validate_json(text)
         except ValidationError as error:
             raise APIError("an event does not read as Event: is this a servetune server?") from error
-        self.since = event.id or self.since
-        return event
 
     def broken(self, reply: httpx2.Response | httpx2.RequestError | None) -> float | None:
         """Seconds to wait before asking again, after a refusal, a failure or (None) the end; None: that was all.

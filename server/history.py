@@ -27,6 +27,7 @@ from servetune.clients.types import Event
 from servetune.server.buffer import BufferUnavailable
 
 MOST_EVENTS = 20_000  # of one adapter, about; a step takes some 400 bytes
+AT_ONCE = 500  # events to read together, so that nobody else waits long
 ANSWER_S = 1.0  # longest wait for Redis
 RETRY_S = 2.0  # while it is down, nothing is tried for this long
 CONNECTIONS = 4
@@ -112,11 +113,17 @@ class History:
         self._telling.add(task)
         task.add_done_callback(self._telling.discard)
 
-    async def read(self, adapter: str, since: str | None = None, limit: int = MOST_EVENTS) -> list[Event]:
-        """The events after the one with id `since`, or the newest ones, oldest first. Raises BufferUnavailable."""
+    async def read(
+        self, adapter: str, *, since: str | None = None, until: str | None = None, limit: int = AT_ONCE
+    ) -> list[Event]:
+        """The events next after the one with id `since`, or the last before `until` or at all; oldest first.
+
+        Raises BufferUnavailable.
+        """
         key = _key(adapter)
         if since is None:
-            rows = (await self._ask(self._redis.xrevrange, key, count=limit))[::-1]
+            newest = "+" if until is None else f"({until}"
+            rows = (await self._ask(self._redis.xrevrange, key, max=newest, count=limit))[::-1]
         else:
             rows = await self._ask(self._redis.xrange, key, min=f"({since}", count=limit)
         return [event for row in rows if (event := _event(adapter, *row))]

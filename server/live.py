@@ -92,7 +92,7 @@ async def events(
 ) -> AsyncIterator[ServerSentEvent]:
     """What happens to an adapter, as server-sent events: after `since` or `Last-Event-ID`, or from now on."""
     after = last_event_id or since or await services.history.newest(services.store.name)
-    yield ServerSentEvent(retry=RECONNECT_MS, comment="servetune")
+    yield ServerSentEvent(retry=RECONNECT_MS, id=after)  # who is cut off before the first event goes on from here
     async for event in watch.events(after, status, follow):
         yield ServerSentEvent(data=event, event=event.kind, id=event.id)
 
@@ -103,7 +103,7 @@ async def events(
 async def series(
     watch: WatchDep,
     since: Annotated[EventId | Absent, Query(description="the id of an event; by default the newest ones")] = None,
-    limit: Annotated[int, Query(ge=1, le=20_000, description="events read at most")] = 5000,
+    limit: Annotated[int, Query(ge=1, le=5000, description="events read at most")] = 2000,
 ) -> Series:
     """An adapter's history as columns for charts, a row for each step, and what else happened meanwhile."""
     return await watch.series(since, limit)

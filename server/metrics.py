@@ -50,7 +50,7 @@ LEARNED = {
 """Gauges of the last step: metric -> (its name in StepMetrics, help)."""
 WINDOW_S = 60.0
 
-disable_created_metrics()  # a second series for each of the first, that says when it began
+disable_created_metrics()  # type: ignore[no-untyped-call]  # a second series each, that says when the first began
 
 
 @dataclass(frozen=True, slots=True)

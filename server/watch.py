@@ -16,13 +16,13 @@ from servetune.clients.types import AdaptationStatus, Event, Series
 from servetune.server.admin import adaptation_status
 from servetune.server.buffer import BufferUnavailable
 from servetune.server.engine import Swap
+from servetune.server.history import AT_ONCE
 from servetune.server.metrics import Reading
 from servetune.server.service import Services
 
 POLL_S = 0.5  # how often those who follow look for news
 STATUS_S = 2.0  # how often they are told how things stand
 FRESH_S = 1.0  # for this long a reading is not taken again
-AT_ONCE = 500  # events read together
 
 
 class Watch:
@@ -51,7 +51,7 @@ class Watch:
                     due = time.monotonic() + STATUS_S
                 events: list[Event] = []
                 with suppress(BufferUnavailable):
-                    events = await services.history.read(services.store.name, since, AT_ONCE)
+                    events = await services.history.read(services.store.name, since=since)
                 for event in events:
                     yield event
                     since = event.id or since
@@ -67,16 +67,30 @@ class Watch:
 
         Raises BufferUnavailable.
         """
-        adapter = self._services.store.name
-        events = await self._services.history.read(adapter, since, limit)
+        events = await self._stretch(since, limit)
         steps = [event for event in events if event.kind == "step" and "failed" not in event.data]
         names = dict.fromkeys(name for event in steps for name, value in event.data.items() if _is_number(value))
         columns: dict[str, list[float | None]] = {"time": [event.time for event in steps]}
         columns |= {name: [event.data.get(name) for event in steps] for name in names}
         marks = [event for event in events if event.kind != "step"]
-        return Series(
-            adapter=adapter, columns=columns, marks=marks, last_event_id=events[-1].id if events else since
-        )
+        last = events[-1].id if events else since
+        return Series(adapter=self._services.store.name, columns=columns, marks=marks, last_event_id=last)
+
+    async def _stretch(self, since: str | None, limit: int) -> list[Event]:
+        """Events in portions: who asks questions is served in between."""
+        adapter, read = self._services.store.name, self._services.history.read
+        events: list[Event] = []
+        while len(events) < limit:
+            wanted = min(AT_ONCE, limit - len(events))
+            if since is None:
+                found = await read(adapter, until=events[0].id if events else None, limit=wanted)
+                events = found + events
+            else:
+                found = await read(adapter, since=events[-1].id if events else since, limit=wanted)
+                events += found
+            if len(found) < wanted:
+                break
+        return events
 
     async def status(self) -> Event:
         """How things stand now; an event without an id, since it is not kept."""
@@ -138,7 +152,7 @@ class Watch:
         services = self._services
         async with self._counting:
             with suppress(BufferUnavailable):
-                while events := await services.history.read(services.store.name, self._counted, AT_ONCE):
+                while events := await services.history.read(services.store.name, since=self._counted):
                     for event in events:
                         services.metrics.hear(event)
                         self._counted = event.id or self._counted

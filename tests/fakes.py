@@ -24,7 +24,7 @@ from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryBuffer, Skipped
 from servetune.server.engine import Engine, Outcome, Swap
-from servetune.server.history import History
+from servetune.server.history import AT_ONCE, History
 from servetune.server.settings import Settings
 
 ADMIN_KEY = "sta_operator.0123456789abcdef0123456789abcdef"
@@ -200,12 +200,14 @@ class FakeHistory:
             id, now = f"{time.time() * 1000 + 1:.0f}-{len(self.events)}", time.time()
             self.events.append(Event(id=id, time=now, adapter=adapter, kind=kind, data=dict(data)))
 
-    async def read(self, adapter: str, since: str | None = None, limit: int = 1000) -> list[Event]:
+    async def read(
+        self, adapter: str, *, since: str | None = None, until: str | None = None, limit: int = AT_ONCE
+    ) -> list[Event]:
         if self.down:
             raise BufferUnavailable
         found = [event for event in self.events if event.adapter == adapter]
         if since is None:
-            return found[-limit:]
+            return [event for event in found if until is None or place(event.id or "") < place(until)][-limit:]
         return [event for event in found if place(event.id or "") > place(since)][:limit]
 
     async def newest(self, adapter: str) -> str:

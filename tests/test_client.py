@@ -658,7 +658,7 @@ def test_an_export_overwrites_nothing(ask, tmp_path):
 
 def stream(*numbers):
     """A reply that tells of steps."""
-    content = ": servetune\nretry: 1000\n\n"
+    content = ": hello\nid: 0-0\nretry: 1000\n\n" if numbers else ""
     for n in numbers:
         content += f'event: step\ndata: {{"id":"{n}-0","time":1.0,\ndata: "adapter":"default","kind":"step",'
         content += f'"data":{{"n":{n}}}}}\nid: {n}-0\n\n'
@@ -692,20 +692,29 @@ def test_events_go_on_after_the_last_one_heard(ask, pauses):
         stream(1, 2), httpx2.ReadError("cut"), problem(503, "not_ready"), stream(), stream(3), stream(4)
     )
     assert heard(ask, server, 4, since="0", adapter="default") == [1, 2, 3, 4]
-    asked = [dict(request.url.params) for request in server.requests]
-    assert [query.get("since") for query in asked] == ["0", "2-0", "2-0", "2-0", "2-0", "3-0"]
-    assert {query["adapter"] for query in asked} == {"default"}
+    assert [last(request) for request in server.requests] == [None, "2-0", "2-0", "2-0", "2-0", "3-0"]
+    assert {str(request.url.query) for request in server.requests} == {str(b"adapter=default&since=0")}
     assert len(pauses) == 5
     assert pauses[0] < 1, "what was heard makes it hopeful again"
 
 
 def test_an_event_that_was_cut_off_is_asked_for_again(ask, pauses):
     server = Server(httpx2.Response(200, content=CUT), stream(2))
-    assert heard(ask, server, 2, since="0") == [1, 2]
-    assert [dict(request.url.params)["since"] for request in server.requests] == ["0", "1-0"]
+    assert heard(ask, server, 2) == [1, 2]
+    assert [last(request) for request in server.requests] == [None, "1-0"]
 
 
-CUT = b'data: {"id":"1-0","time":1.0,"adapter":"a","kind":"step","data":{"n":1}}\n\ndata: {"id":"2-0","time":1'
+def test_who_is_cut_off_before_the_first_event_misses_none(ask, pauses):
+    server = Server(httpx2.Response(200, content=b"id: 7-0\nretry: 1000\n\n"), stream(8))
+    assert heard(ask, server, 1) == [8]
+    assert [last(request) for request in server.requests] == [None, "7-0"]
+
+
+def last(request):
+    return request.headers.get("last-event-id")
+
+
+CUT = b'data: {"time":1.0,"adapter":"a","kind":"step","data":{"n":1}}\nid: 1-0\n\ndata: {"time":1}\nid: 2-0\n'
 
 
 def test_what_happened_so_far_has_an_end(ask, pauses):

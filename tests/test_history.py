@@ -55,6 +55,7 @@ async def test_what_the_worker_tells_is_read_in_order_and_by_adapter(valkey: Emb
         assert await history.read(adapter, since=events[2].id) == events[3:]
         assert await history.read(adapter, since="0", limit=2) == events[:2]
         assert await history.read(adapter, limit=2) == events[3:]
+        assert await history.read(adapter, until=events[3].id, limit=2) == events[1:3]
         assert await history.newest(adapter) == events[-1].id
         assert await history.newest("nobody") == "0-0"
 

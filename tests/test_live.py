@@ -104,7 +104,7 @@ async def test_a_stream_goes_on_after_the_event_it_is_told(world: World) -> None
     assert await told(world, since=first.id) == [second, third]
     assert await told(world, since=first.id, last=second.id) == [third], "the header is the later word"
     reply = await world.client.get("/v1/adaptation/events", params={"follow": "false"})
-    assert "data:" not in reply.text, "by default what happens from now on"
+    assert reply.text == f"id: {third.id}\nretry: 1000\n\n", "by default what happens from now on"
 
 
 async def test_how_things_stand_is_told_on_request_and_without_an_id(world: World) -> None:
@@ -141,7 +141,7 @@ async def test_the_mode_is_one_word(world: World, state: str, paused: bool, down
     assert status.data["mode"] == mode
 
 
-@pytest.mark.parametrize("query", ["adapter=other", "since=yesterday", "since=1-2-3", "limit=0", "limit=20001"])
+@pytest.mark.parametrize("query", ["adapter=other", "since=yesterday", "since=1-2-3", "limit=0", "limit=5001"])
 async def test_what_cannot_be_asked_is_refused(world: World, query: str) -> None:
     reply = await world.client.get(f"/v1/adaptation/series?{query}")
     assert reply.status_code == (404 if "adapter" in query else 422)
@@ -183,6 +183,17 @@ async def test_steps_are_columns_of_one_length(world: World) -> None:
     assert (later["marks"], later["columns"], later["last_event_id"]) == ([], {"time": []}, series.last_event_id)
     one = (await world.client.get("/v1/adaptation/series?limit=1&adapter=default")).json()
     assert one["columns"]["step"] == [3]
+
+
+@pytest.mark.parametrize("since", ["", "&since=0"])
+async def test_long_series_are_read_in_portions_and_are_whole(world: World, since: str) -> None:
+    for number in range(1, 1301):
+        tell(world, "step", step=number)
+    for limit in (1100, 1300, 5000):
+        found = (await world.client.get(f"/v1/adaptation/series?limit={limit}{since}")).json()
+        kept = min(limit, 1300)
+        first = 1 if since else 1301 - kept
+        assert found["columns"]["step"] == list(range(first, first + kept))
 
 
 async def test_what_is_no_number_is_null(world: World) -> None:

@@ -190,8 +190,9 @@ export class LearningCharts extends Group {
   }
 
   clear() {
-    this.columns = Object.fromEntries(["time", ...LEARNING.map(({ key }) => key)].map((key) => [key, []]));
-    this.count = 0; // of steps before the first one kept
+    this.columns = Object.fromEntries(["time", "step", ...LEARNING.map(({ key }) => key)].map((key) => [key, []]));
+    this.counted = 0; // steps of the worker that runs, and of those before it
+    this.earlier = 0;
     this.verdicts = [];
     this.served = [];
     this.lines = [];
@@ -206,18 +207,21 @@ export class LearningCharts extends Group {
   }
 
   step(numbers, time) {
-    const row = { ...numbers, time, zero_signal: Math.max(0, (numbers.groups ?? 0) - (numbers.informative ?? 0)) };
-    if (!numbers.groups) row.zero_signal = null; // a step on what is remembered
+    if (numbers.step < this.counted) this.earlier += this.counted; // another worker counts from the beginning
+    this.counted = numbers.step;
+    const row = { ...numbers, time, step: this.earlier + numbers.step };
+    // A step on what is remembered is about no group.
+    row.zero_signal = numbers.groups ? Math.max(0, numbers.groups - (numbers.informative ?? 0)) : null;
     for (const [key, column] of Object.entries(this.columns)) {
       column.push(row[key] ?? null);
       if (column.length > MOST) column.shift();
     }
-    this.count += 1;
     this.soon();
   }
 
-  /** Anything else than a step, in its place among them. `after`: steps that came before. */
-  event({ kind, time, data }, after = this.count) {
+  /** Anything else than a step, in its place among them. */
+  event({ kind, time, data }) {
+    const after = this.before(time);
     if (kind === "verdict") this.verdicts.push({ time, step: after, level: data.accepted ? 2 : data.early ? 1 : 0 });
     else if (LINES.has(kind)) this.lines.push({ time, step: after });
     else if (kind === "swap" && !data.refused) {
@@ -227,13 +231,15 @@ export class LearningCharts extends Group {
     this.soon();
   }
 
-  /** How many of the loaded steps came before a moment. */
+  /** The last step before a moment. */
   before(time) {
-    return this.columns.time.filter((each) => each <= time).length;
+    const { time: times, step } = this.columns;
+    const at = times.findLastIndex((each) => each <= time);
+    return step[Math.max(0, at)] ?? 0;
   }
 
   get empty() {
-    return this.count === 0;
+    return this.columns.time.length === 0;
   }
 
   places(time) {
@@ -242,8 +248,7 @@ export class LearningCharts extends Group {
 
   draw() {
     const time = this.axis() === "time";
-    const first = this.count - this.columns.time.length + 1;
-    const x = time ? this.columns.time : this.columns.time.map((_, index) => first + index);
+    const x = apart(time ? this.columns.time : this.columns.step);
     const data = { gate: this.gate(x, time), served: this.versions(x, time) };
     for (const chart of this.charts) chart.draw(data[chart.spec.key] ?? [x, this.columns[chart.spec.key]], time);
   }

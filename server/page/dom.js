@@ -28,7 +28,18 @@ export function number(value) {
   return size < 0.001 ? value.toExponential(1) : String(Number(value.toPrecision(3)));
 }
 
-export const percent = (share) => (Number.isFinite(share) ? `${number(100 * share)} %` : "–");
+export function percent(share) {
+  if (!Number.isFinite(share)) return "–";
+  return share > 0 && share < 0.001 ? "< 0.1 %" : `${number(Math.round(1000 * share) / 10)} %`;
+}
+
+/** Two durations in one unit. */
+export function durations(first, second) {
+  if (!Number.isFinite(second)) return "–";
+  const [factor, unit] = second < 1 ? [1000, "ms"] : [1, "s"];
+  const [one, other] = [first, second].map((seconds) => (factor === 1 ? number(seconds) : Math.round(factor * seconds)));
+  return `${one} · ${other} ${unit}`;
+}
 
 /** A duration in its two largest units. */
 export function duration(seconds) {

@@ -4,7 +4,7 @@ import { Acts } from "./act.js";
 import { follow, key, onKeys, Problem, request, setKeys } from "./api.js";
 import { prepareAsking } from "./ask.js";
 import { LearningCharts, ServingCharts } from "./charts.js";
-import { $, duration, el, number, percent, say } from "./dom.js";
+import { $, duration, durations, el, number, percent, say } from "./dom.js";
 import { Timeline } from "./timeline.js";
 
 const MODES = { learning: "learning", paused: "paused", absent: "no worker", degraded: "degraded" };
@@ -18,6 +18,7 @@ const timeline = new Timeline($("marks"), $("no-marks"));
 const acts = new Acts(timeline);
 let status = null; // the last word on how things stand
 let complete = false; // whether the history was read
+let newest = "0-0"; // id of the last event that is shown
 
 // --- what was, and what happens --------------------------------------------------------------------
 
@@ -28,17 +29,19 @@ async function load() {
   document.title = `${info.adapter} · servetune`;
   acts.adapter = timeline.adapter = info.adapter;
   try {
-    const series = await request("v1/adaptation/series");
+    const series = await request("v1/adaptation/series?limit=5000");
     learning.clear();
     timeline.clear();
     learning.load(series.columns);
     for (const event of series.marks) {
-      learning.event(event, learning.before(event.time));
+      learning.event(event);
       timeline.add(event);
+      if (event.kind === "verdict") showVerdict(event.data);
     }
     complete = true;
     showSteps();
-    return series.last_event_id ?? "0";
+    newest = series.last_event_id ?? "0-0";
+    return newest;
   } catch (error) {
     if (!(error instanceof Problem) || error.code !== "buffer_unavailable") throw error;
     complete = false; // Redis is down: how things stand is told all the same
@@ -46,7 +49,15 @@ async function load() {
   }
 }
 
+/** Whether an event came after what is shown: the history may have been read while it was under way. */
+function isNews(id) {
+  const [[time, count], [shownTime, shownCount]] = [id, newest].map((each) => each.split("-").map(Number));
+  return time > shownTime || (time === shownTime && count > shownCount);
+}
+
 function onEvent(event) {
+  if (event.id && !isNews(event.id)) return;
+  newest = event.id ?? newest;
   if (event.kind === "status") {
     status = event.data;
     serving.add(event.time, status);
@@ -60,6 +71,7 @@ function onEvent(event) {
   } else {
     learning.event(event);
     timeline.add(event);
+    if (event.kind === "verdict") showVerdict(event.data);
   }
 }
 
@@ -82,7 +94,8 @@ function vital(name, value, state) {
 
 function showStatus() {
   const { buffer, requests, worker } = status;
-  const kept = buffer.connected ? `${number(buffer.waiting + buffer.pending)} of ${number(buffer.capacity)}` : "unreachable";
+  const entries = buffer.waiting + buffer.pending;
+  const kept = buffer.connected ? `${number(entries)} · ${percent(entries / buffer.capacity)}` : "unreachable";
   vital("Serving", status.serving);
   showAge();
   vital("Mode", MODES[status.mode], status.mode);
@@ -91,8 +104,8 @@ function showStatus() {
   vital("Queue", number(requests.waiting));
   vital("Buffer", kept, buffer.connected ? "" : "degraded");
   vital("Answers", `${number(requests.per_s)}/s`);
-  vital("p50 · p95", `${duration(requests.p50_s ?? NaN)} · ${duration(requests.p95_s ?? NaN)}`);
-  showVerdict(status.last_verdict);
+  vital("p50 · p95", durations(requests.p50_s ?? NaN, requests.p95_s ?? NaN));
+  if (!complete && status.last_verdict) showVerdict(status.last_verdict);
 }
 
 function showAge() {
@@ -100,13 +113,9 @@ function showAge() {
 }
 
 function showVerdict(verdict) {
-  const place = $("verdict");
-  if (!verdict) return place.replaceChildren();
   const word = verdict.accepted ? "accepted" : verdict.early ? "waits" : "refused";
   const reasons = verdict.reasons.length ? verdict.reasons.join("; ") : `KL to live ${number(verdict.metrics.kl_step)} nats, valid answers ${percent(verdict.metrics.valid)} of the base's`;
-  const text = `The gate's last verdict: ${word}. ${reasons}.`;
-  if (place.textContent === text) return undefined;
-  return place.replaceChildren("The gate's last verdict: ", el("strong", { "data-verdict": word }, word), `. ${reasons}.`);
+  $("verdict").replaceChildren("The gate's last verdict: ", el("strong", { "data-verdict": word }, word), `. ${reasons}.`);
 }
 
 function showSteps() {
