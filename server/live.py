@@ -48,6 +48,8 @@ PAGE = {
     if file.name.rpartition(".")[2] in TYPES
 }
 
+EXPOSITION = {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "application/openmetrics-text")}
+
 Absent = SkipJsonSchema[None]  # what may be left out; it cannot be sent as null
 EventId = Annotated[str, StringConstraints(pattern=r"^[0-9]{1,15}(-[0-9]{1,15})?$")]
 AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$")]
@@ -55,14 +57,21 @@ AdapterName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,6
 router = APIRouter()
 
 
+async def _everything(request: Request) -> Watch:
+    """What watches this server."""
+    found: Watch = request.app.state.watch
+    return found
+
+
 async def _watch(
-    request: Request, services: ServicesDep, adapter: Annotated[AdapterName | Absent, Query()] = None
+    watch: Annotated[Watch, Depends(_everything)],
+    services: ServicesDep,
+    adapter: Annotated[AdapterName | Absent, Query()] = None,
 ) -> Watch:
     """What watches the adapter asked for, by default the server's. Raises ServiceError `adapter_not_found`."""
     if adapter not in (None, services.store.name):
         raise ServiceError("adapter_not_found", "This server has no adapter of that name.", param="adapter")
-    found: Watch = request.app.state.watch
-    return found
+    return watch
 
 
 WatchDep = Annotated[Watch, Depends(_watch)]
@@ -112,10 +121,12 @@ async def series(
 @router.get(
     "/metrics",
     dependencies=USER,
-    responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}, **problems(401, 503)},
+    responses={200: {"content": EXPOSITION}, **problems(401)},
     response_class=Response,
 )
-async def metrics(watch: WatchDep, accept: Annotated[str, Header()] = "") -> Response:
+async def metrics(
+    watch: Annotated[Watch, Depends(_everything)], accept: Annotated[str, Header()] = ""
+) -> Response:
     """For Prometheus."""
     text, content_type = await watch.metrics(accept)
     return Response(text, media_type=content_type)
