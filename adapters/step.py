@@ -115,6 +115,19 @@ class _Exercise:
         return self.lesson.ballot.tokens
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """How the adapter stood to one lesson, or group, when a step was taken on it.
+
+    `reward` is what its answer can expect; `agrees` whether its likeliest answer was the one voted for, known only
+    where it had not been learned from before.
+    """
+
+    divergence: float  # KL to the reference
+    reward: float
+    agrees: bool | None = None
+
+
 class Learner:
     """Owns the optimizer of one slot of a policy, and the memory of what it was lately asked."""
 
@@ -253,6 +266,7 @@ class Learner:
         dependence = self.memory.dependence()
         values = _describe_lessons(lessons, dependence)
         useful = self._useful(lessons, dependence)
+        stood: list[_Standing] = []
         if not queries and (due := self._due(useful)):
             self._vote_again(due[:REVOTED])
         else:
@@ -263,9 +277,12 @@ class Learner:
                     break
                 order = torch.randperm(len(open_lessons), generator=self._generator)[: config.batch_size]
                 batch = [open_lessons[index] for index in order.tolist()]
-                values |= self._update_or_forget(batch)
+                standings, norm = self._update_or_forget(batch)
+                stood += standings
+                values["grad_norm"] = norm
                 for lesson in batch:
                     lesson.ballot.updates += 1
+        values |= _describe_standings(stood)
         self._replan(useful)
         # Whatever is remembered has a say in what the others teach, so it counts as learned from.
         taught = [query for query in queries if query.id in new]
@@ -342,7 +359,7 @@ class Learner:
             self._revoted.append(ballot)
         self.proceed()
 
-    def _update_or_forget(self, lessons: list[Lesson]) -> dict[str, float]:
+    def _update_or_forget(self, lessons: list[Lesson]) -> tuple[list[_Standing], float]:
         """One gradient step; when it fails, nobody knows which of the remembered queries it was."""
         try:
             return self._update_lessons(lessons)
@@ -350,18 +367,22 @@ class Learner:
             self.forget()
             raise
 
-    def _update_lessons(self, lessons: list[Lesson]) -> dict[str, float]:
-        """One gradient step on a few lessons, packed into few passes where the family and the memory allow it."""
+    def _update_lessons(self, lessons: list[Lesson]) -> tuple[list[_Standing], float]:
+        """One gradient step on a few lessons, packed into few passes where the family and the memory allow it.
+
+        Returns:
+            how the adapter stood to each of them before, and the norm of the gradient.
+        """
         self._optimizer.zero_grad(set_to_none=True)
-        divergences: list[float] = []
+        stood: list[_Standing] = []
         for part in self._parts([self._exercise(lesson) for lesson in lessons]):
             scored = self.policy.score_each(
                 [each.observation for each in part], [[each.tokens[i] for i in each.answers] for each in part]
             )
             losses, found = zip(*map(self._loss, part, scored), strict=True)
             torch.autograd.backward(torch.stack(losses).sum() / len(lessons))
-            divergences += found
-        return self._descend() | {"kl": fmean(divergences)}
+            stood += found
+        return stood, self._descend()
 
     def _exercise(self, lesson: Lesson) -> _Exercise:
         """A lesson in one of its views, with the answers that are likely in the vote or in the reference."""
@@ -386,8 +407,8 @@ class Learner:
             size += own
         yield part
 
-    def _loss(self, each: _Exercise, logprobs: Tensor) -> tuple[Tensor, float]:
-        """What one exercise costs, and its KL to the reference, from (M,) log-probabilities of its answers."""
+    def _loss(self, each: _Exercise, logprobs: Tensor) -> tuple[Tensor, _Standing]:
+        """What one exercise costs, and how the adapter stands to it; from (M,) log-probabilities of answers."""
         lesson, best = each.lesson, each.answers
         device = logprobs.device
         target = (lesson.target[best] / lesson.target[best].sum()).to(device)
@@ -400,7 +421,12 @@ class Learner:
         among = torch.where(shown, _adjusted(own, prior, shown), own) if bool(shown.any()) else own
         loss = -(target * among).sum() - logprobs.logsumexp(-1)
         divergence = (own.exp() * (own - each.reference.to(device))).sum()
-        return loss + self.config.kl_coefficient * divergence, float(divergence.detach())
+        vote = lesson.vote[best].to(device)
+        told = [divergence, (own.exp() * vote).sum(), (own.argmax() == vote.argmax()).to(own.dtype)]
+        kl, reward, agrees = torch.stack(told).tolist()  # at once: each reading waits for the device
+        asked_first = not lesson.ballot.updates and not lesson.rehearsed
+        standing = _Standing(kl, reward, bool(agrees) if asked_first else None)
+        return loss + self.config.kl_coefficient * divergence, standing
 
     def _view_to_learn(self, ballot: Ballot) -> str:
         """The image as it was sent half of the time, else another view, by what it is worth.
@@ -439,24 +465,24 @@ class Learner:
         """One group after the other: a single prompt's graph is alive, and its rollouts share its forward pass."""
         votes: list[Votes] = []
         taught: list[Query] = []
-        divergences = []
+        stood: list[_Standing] = []
         self._optimizer.zero_grad(set_to_none=True)
         for query in queries:
             group = self._roll_out(query)
             votes.append(group.votes)
             if self._teaches(group):
                 taught.append(query)
-                divergences.append(self._accumulate(group))
-        values = _describe(votes)
+                stood.append(self._accumulate(group))
+        values = _describe(votes) | _describe_standings(stood)
         if taught:
             for parameter in self._parameters.values():
                 if parameter.grad is not None:
                     parameter.grad /= len(taught)
-            values |= self._descend() | {"kl": fmean(divergences)}
+            values["grad_norm"] = self._descend()
         return StepMetrics(len(queries), len(taught), values), taught
 
-    def _accumulate(self, group: Group) -> float:
-        """Add a group's gradient, a chunk of rollouts at a time, and return its KL to the reference."""
+    def _accumulate(self, group: Group) -> _Standing:
+        """Add a group's gradient, a chunk of rollouts at a time."""
         rollouts, config = group.rollouts, self.config
         weights = rollouts.weights.to(group.prefix.logits.device)
         rewards = torch.tensor(self._rewards(group), device=weights.device)
@@ -474,7 +500,7 @@ class Learner:
         )
         known = [(tensor, leaf.grad) for tensor, leaf in zip(ours, leaves, strict=True) if leaf.grad is not None]
         torch.autograd.backward([tensor for tensor, _ in known], [gradient for _, gradient in known])
-        return divergence
+        return _Standing(divergence, float((weights * rewards).sum()))
 
     def _accumulate_chunk(
         self, prefix: Prefix, reference: Prefix, tokens: Tokens, advantage: Tensor, weights: Tensor
@@ -504,8 +530,8 @@ class Learner:
             size += len(tokens[row])
         yield rows
 
-    def _descend(self) -> dict[str, float]:
-        """One optimizer step on the gradients that have been gathered."""
+    def _descend(self) -> float:
+        """One optimizer step on the gradients that have been gathered; their norm."""
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.max_grad_norm)
         if not torch.isfinite(norm):
             self._optimizer.zero_grad(set_to_none=True)
@@ -514,7 +540,7 @@ class Learner:
         self.steps += 1
         for key, value in self.policy.weights(self.slot).items():
             self._average[key].lerp_(value, 1 - self.config.average)
-        return {"grad_norm": float(norm)}
+        return float(norm)
 
 
 def _adjusted(logprobs: Tensor, prior: Tensor, shown: Tensor) -> Tensor:
@@ -543,7 +569,17 @@ def _describe_lessons(lessons: list[Lesson], dependence: float | None) -> dict[s
     known = {} if dependence is None else {"information": dependence}
     return known | {
         "majority": fmean(lesson.majority for lesson in lessons),
+        "entropy": fmean(float(torch.special.entr(lesson.vote).sum()) for lesson in lessons),
         "divergence": fmean(lesson.divergence for lesson in lessons),
         "valid": fmean(lesson.ballot.valid for lesson in lessons),
         "remembered": float(len(lessons)),
     }
+
+
+def _describe_standings(stood: Sequence[_Standing]) -> dict[str, float]:
+    if not stood:
+        return {}
+    values = {"kl": fmean(each.divergence for each in stood), "reward": fmean(each.reward for each in stood)}
+    if first := [each.agrees for each in stood if each.agrees is not None]:
+        values["prequential"] = fmean(first)
+    return values

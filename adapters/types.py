@@ -54,7 +54,13 @@ class Rollouts:
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one step did; every number is a plain float so that it goes into manifests and metrics as is."""
+    """What one step did; every number is a plain float so that it goes into manifests and metrics as is.
+
+    `values` has, as far as the learner knows them, means over groups: `reward` that the adapter's answers can
+    expect, `majority` (vote share), `entropy` of the votes in nats, `valid` answers, `kl` to the base in nats,
+    `prequential` agreement of the adapter's answer with the vote on queries that it had not learned from yet; and
+    `grad_norm`.
+    """
 
     groups: int
     informative: int

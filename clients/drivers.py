@@ -1,7 +1,8 @@
 """Walking steps: `Blocking` waits in the calling thread, `Awaiting` on the event loop.
 
 `blocking` and `awaiting` turn a function of `calls` into a method of either; `blocking_each` and
-`awaiting_each` do so for listings. Name, arguments and docstring stay those of the function.
+`awaiting_each` do so for listings, `blocking_events` and `awaiting_events` for subscriptions. Name, arguments and
+docstring stay those of the function.
 """
 
 from __future__ import annotations
@@ -11,12 +12,14 @@ import functools
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import closing
+from contextlib import aclosing, closing
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
+from servetune.clients.history import Subscription
 from servetune.clients.session import Pause, Rows, Session, Step, Steps, Transfer, Work
+from servetune.clients.types import Event
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -156,6 +159,60 @@ def awaiting_each(
                 yield item
 
     return _presented(method, page, "AsyncIterator[{}]")
+
+
+def blocking_events(
+    subscribe: Callable[Concatenate[Session, P], Subscription],
+) -> Callable[Concatenate[Blocking, P], Iterator[Event]]:
+    """A method that iterates over events as they come."""
+
+    def method(self: Blocking, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event]:
+        subscription = subscribe(self._session, *args, **kwargs)
+        while True:
+            reply: httpx2.Response | httpx2.RequestError | None = None
+            try:
+                with closing(self._http.send(subscription.request(), stream=True)) as response:
+                    if response.is_success:
+                        for line in response.iter_lines():
+                            if event := subscription.heard(line):
+                                yield event
+                    else:
+                        response.read()
+                        reply = response
+            except httpx2.RequestError as error:
+                reply = error
+            if (pause := subscription.broken(reply)) is None:
+                return
+            time.sleep(pause)
+
+    return _presented(method, subscribe, "Iterator[Event]")
+
+
+def awaiting_events(
+    subscribe: Callable[Concatenate[Session, P], Subscription],
+) -> Callable[Concatenate[Awaiting, P], AsyncIterator[Event]]:
+    """The asynchronous iterator of the same."""
+
+    async def method(self: Awaiting, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Event]:
+        subscription = subscribe(self._session, *args, **kwargs)
+        while True:
+            reply: httpx2.Response | httpx2.RequestError | None = None
+            try:
+                async with aclosing(await self._http.send(subscription.request(), stream=True)) as response:
+                    if response.is_success:
+                        async for line in response.aiter_lines():
+                            if event := subscription.heard(line):
+                                yield event
+                    else:
+                        await response.aread()
+                        reply = response
+            except httpx2.RequestError as error:
+                reply = error
+            if (pause := subscription.broken(reply)) is None:
+                return
+            await asyncio.sleep(pause)
+
+    return _presented(method, subscribe, "AsyncIterator[Event]")
 
 
 def _presented(method: F, flow: Callable[..., Any], returns: str) -> F:

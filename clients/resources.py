@@ -1,9 +1,21 @@
-"""The nouns of the clients: `client.adapters` and `client.adaptation`, both with the admin key."""
+"""The nouns of the clients: `client.adapters` and `client.adaptation`, with the admin key.
+
+`client.adaptation.events` and `.series` take a user key as well.
+"""
 
 from __future__ import annotations
 
-from servetune.clients import admin
-from servetune.clients.drivers import Awaiting, Blocking, awaiting, awaiting_each, blocking, blocking_each
+from servetune.clients import admin, history
+from servetune.clients.drivers import (
+    Awaiting,
+    Blocking,
+    awaiting,
+    awaiting_each,
+    awaiting_events,
+    blocking,
+    blocking_each,
+    blocking_events,
+)
 
 
 class Adapters(Blocking):
@@ -44,6 +56,8 @@ class Adaptation(Blocking):
     erase = blocking(admin.erase)
     resume = blocking(admin.resume)
     audit = blocking_each(admin.audit)
+    events = blocking_events(history.events)
+    series = blocking(history.series)
 
 
 class AsyncAdaptation(Awaiting):
@@ -54,3 +68,5 @@ class AsyncAdaptation(Awaiting):
     erase = awaiting(admin.erase)
     resume = awaiting(admin.resume)
     audit = awaiting_each(admin.audit)
+    events = awaiting_events(history.events)
+    series = awaiting(history.series)

@@ -111,15 +111,39 @@ class Session:
         retries = self.max_retries if call.max_retries is None else call.max_retries
         for attempt in itertools.count():
             headers["Servetune-Retry-Count"] = str(attempt)
-            reply = yield Transfer(self._request(call, headers, content), call.sink)
+            reply = yield Transfer(self.request(call, headers, content), call.sink)
             if isinstance(reply, httpx2.Response) and reply.is_success:
                 return call.parse(reply)
-            error = self._error(reply)
+            error = self.error(reply)
             delay = retry_delay(error, attempt)
             if delay is None or attempt >= retries:
                 raise error
             yield Pause(delay)
         raise AssertionError("unreachable")
+
+    def request(
+        self, call: Call[Any], headers: Mapping[str, str] | None = None, content: bytes | None = None
+    ) -> httpx2.Request:
+        """One attempt at a call."""
+        timeout = httpx2.Timeout(self.timeout if call.timeout is None else call.timeout, connect=CONNECT_TIMEOUT_S)
+        return httpx2.Request(
+            call.method,
+            self.base_url.rstrip("/") + call.path,
+            params={name: value for name, value in call.query.items() if value is not None},
+            headers=self._headers(call) if headers is None else headers,
+            content=content,
+            extensions={"timeout": timeout.as_dict()},
+        )
+
+    def error(self, reply: httpx2.Response | httpx2.RequestError) -> APIError:
+        """What became of an attempt that failed, as one of our errors."""
+        if isinstance(reply, httpx2.Response):
+            return status_error(reply.status_code, reply.headers, reply.content)
+        kind = APITimeoutError if isinstance(reply, httpx2.TimeoutException) else APIConnectionError
+        what = "no reply in time from" if kind is APITimeoutError else "cannot reach"
+        error = kind(f"{what} {self.base_url}: {reply or type(reply).__name__}")
+        error.__cause__ = reply
+        return error
 
     def _headers(self, call: Call[Any]) -> dict[str, str]:
         headers = {"User-Agent": f"servetune-python/{version('servetune')}", "Accept": "*/*"}
@@ -131,26 +155,6 @@ class Session:
         if call.method == "POST":
             headers["Idempotency-Key"] = call.idempotency_key or uuid4().hex
         return headers
-
-    def _request(self, call: Call[Any], headers: Mapping[str, str], content: bytes | None) -> httpx2.Request:
-        timeout = httpx2.Timeout(self.timeout if call.timeout is None else call.timeout, connect=CONNECT_TIMEOUT_S)
-        return httpx2.Request(
-            call.method,
-            self.base_url.rstrip("/") + call.path,
-            params={name: value for name, value in call.query.items() if value is not None},
-            headers=headers,
-            content=content,
-            extensions={"timeout": timeout.as_dict()},
-        )
-
-    def _error(self, reply: httpx2.Response | httpx2.RequestError) -> APIError:
-        if isinstance(reply, httpx2.Response):
-            return status_error(reply.status_code, reply.headers, reply.content)
-        kind = APITimeoutError if isinstance(reply, httpx2.TimeoutException) else APIConnectionError
-        what = "no reply in time from" if kind is APITimeoutError else "cannot reach"
-        error = kind(f"{what} {self.base_url}: {reply or type(reply).__name__}")
-        error.__cause__ = reply
-        return error
 
 
 def is_loopback(base_url: str) -> bool:

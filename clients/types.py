@@ -304,6 +304,7 @@ class BufferStatus(Result):
     pending: int = 0
     dead: int = 0
     bytes: int = 0
+    oldest_age_s: float = 0.0
     ledger: dict[str, int] = {}
 
 
@@ -328,6 +329,32 @@ class AdaptationStatus(Result):
     lag_versions: int
     buffer: BufferStatus
     worker: WorkerStatus
+
+
+class Event(Result):
+    """Something that happened to an adapter, with numbers and names and nothing that anybody sent.
+
+    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `pause`, `resume` or
+    `erase`; `status`, which has no id and is not kept, says how things stand. `time` is in seconds since 1970.
+    """
+
+    id: str | None = None
+    time: float
+    adapter: str
+    kind: str
+    data: dict[str, Any] = {}
+
+
+class Series(Result):
+    """A stretch of an adapter's history. `columns` has a number, or null, for each step; `marks` are other events.
+
+    `last_event_id`: of the newest event in it; what comes after it is what `since` and `Last-Event-ID` ask for.
+    """
+
+    adapter: str
+    columns: dict[str, list[float | None]]
+    marks: list[Event]
+    last_event_id: str | None = None
 
 
 class AuditEntry(Result):

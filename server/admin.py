@@ -38,6 +38,7 @@ from servetune.server.access import Principal, Require
 from servetune.server.description import problems
 from servetune.server.engine import Engine
 from servetune.server.errors import ServiceError, as_service_error
+from servetune.server.history import act_event
 from servetune.server.lines import Line
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
@@ -82,6 +83,8 @@ class Operator:
             raise
         made = {"made": version_name(result.version)} if isinstance(result, Manifest) else {}
         await self.record(line.name, event, {**details, **made})
+        if told := act_event(event, details, result):
+            self.services.history.record(line.name, *told)
         await line.engine.refresh()
         return result
 
@@ -186,7 +189,7 @@ async def export(line: NamedDep, version: AdapterChoice, operator: OperatorDep) 
 @router.get("/adaptation")
 async def get_adaptation(line: MeantDep) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
-    return await _adaptation_status(line)
+    return await adaptation_status(line)
 
 
 @router.get("/audit")
@@ -286,7 +289,7 @@ async def erase(line: MeantDep, body: EraseRequest, operator: OperatorDep) -> Er
 
 async def _set_paused(line: Line, operator: Operator, event: str, paused: bool) -> AdaptationStatus:
     await operator.act(line, event, {}, asyncio.to_thread(line.store.set_paused, paused))
-    return await _adaptation_status(line)
+    return await adaptation_status(line)
 
 
 # --- store to wire -----------------------------------------------------------------------------------
@@ -312,7 +315,8 @@ def _adapter_info(store: AdapterStore, engine: Engine | None) -> AdapterInfo:
     )
 
 
-async def _adaptation_status(line: Line) -> AdaptationStatus:
+async def adaptation_status(line: Line) -> AdaptationStatus:
+    """Is it learning, from what, and how far is serving behind?"""
     store, serving = line.store, line.engine.serving
     live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
     low, high = sorted((serving, live.version))

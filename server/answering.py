@@ -12,7 +12,7 @@ import math
 import secrets
 import threading
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -111,6 +111,7 @@ class Answering:
         self._policy = policy
         self._prompts = ByteCache(cache_bytes)
         self.pace_s = 0.0  # of the model's time for an answer, of late
+        self.batches: Counter[int] = Counter()  # how often so many were answered together
         self._pending: deque[Job] = deque()
         self._nested = False
         self._num_taken = 0
@@ -163,6 +164,8 @@ class Answering:
                     jobs.append(job)
         self._pending.extendleft(reversed(others))
         self._num_taken += len(jobs)
+        if jobs:
+            self.batches[len(jobs)] += 1
         return jobs
 
     def _answer(self, jobs: list[Job], began: float) -> None:

@@ -15,19 +15,22 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 import servetune
-from servetune.server import admin, chat, routes
+from servetune.server import admin, chat, live, routes
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
 from servetune.server.description import complete
 from servetune.server.errors import as_service_error, problem
+from servetune.server.history import History
 from servetune.server.idempotency import Idempotency
-from servetune.server.images import ImageReader
 from servetune.server.lines import Lines
+from servetune.server.measuring import Measured, MeasuredAnswers, MeasuredImages
+from servetune.server.metrics import Metrics
 from servetune.server.middleware import BodyCap, Boundary, LocalOnly
 from servetune.server.quota import Quota
-from servetune.server.service import AnswerService, Services
+from servetune.server.service import Services
 from servetune.server.settings import Settings
+from servetune.server.watch import Watches
 
 
 class UndeclaredScope(RuntimeError):
@@ -39,25 +42,29 @@ def create_app(
     lines: Lines,
     access: Access,
     audit: AuditLog,
+    history: History,
 ) -> FastAPI:
-    """The HTTP application. Its lifespan starts and stops the adapters.
+    """The HTTP application. Its lifespan starts and stops the adapters, and closes the history.
 
     Raises:
         UndeclaredScope: some route declares no scope; nothing is served by accident.
     """
-    answers = AnswerService(settings, lines, ImageReader(settings))
+    metrics = Metrics()
+    answers = MeasuredAnswers(metrics, settings, lines, MeasuredImages(metrics, settings))
     app = FastAPI(
         title="servetune",
         version=servetune.__version__,
         description="Answers questions about images, and learns from the questions.",
-        middleware=_middleware(settings, access),
+        middleware=_middleware(settings, access, metrics),
         lifespan=_lifespan,
         exception_handlers={HTTPException: _render, RequestValidationError: _render},
         openapi_url=None,  # served by our own routes, behind the same keys as the rest
     )
     quota = Quota(settings.requests_per_minute)
-    app.state.services = Services(settings, lines, access, audit, answers, quota)
+    app.state.services = Services(settings, lines, access, audit, answers, quota, history, metrics)
+    app.state.watches = Watches(app.state.services)
     app.include_router(routes.router)
+    app.include_router(live.router)
     app.include_router(chat.router)
     if access.has_admin_key:
         app.include_router(admin.router)
@@ -81,6 +88,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     if compacting:
         compacting.cancel()
     await services.answers.drain()
+    await services.history.close()
     await lines.stop()
 
 
@@ -88,11 +96,12 @@ def _buffers(lines: Lines) -> list[QueryBuffer]:
     return [line.buffer for line in lines.in_use()]
 
 
-def _middleware(settings: Settings, access: Access) -> list[Middleware]:
+def _middleware(settings: Settings, access: Access, metrics: Metrics) -> list[Middleware]:
     """Outermost first."""
     hosts = {"localhost", "127.0.0.1", "::1", settings.host.strip("[]").lower()}
     return [
         Middleware(Boundary),
+        Middleware(Measured, metrics=metrics),
         *([] if access.has_user_keys else [Middleware(LocalOnly, hosts=hosts)]),
         Middleware(BodyCap, limit=settings.max_body_bytes),
         Middleware(Idempotency),

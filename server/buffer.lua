@@ -233,16 +233,18 @@ register('purge', function(k, limit)
   return #entries
 end)
 
--- -> waiting, pending, dead, bytes, {ledger}
+-- -> waiting, pending, dead, bytes, {ledger}, age of the oldest entry in milliseconds
 register('status', function(k, ttl_ms)
   sweep(k, tonumber(ttl_ms))
   local pending = redis.call('XPENDING', k.queries, GROUP)[1]
+  local oldest = redis.call('XRANGE', k.queries, '-', '+', 'COUNT', 1)[1]
   return {
     redis.call('XLEN', k.queries) - pending,
     pending,
     redis.call('XLEN', k.dead),
     tonumber(redis.call('GET', k.bytes) or 0),
     redis.call('HGETALL', k.ledger),
+    oldest and math.max(0, now_ms() - tonumber(string.match(oldest[1], '^%d+'))) or 0,
   }
 end)
 

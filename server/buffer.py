@@ -234,12 +234,20 @@ class QueryBuffer:
     async def status(self) -> BufferStatus:
         """What is stored and what became of the rest. Never raises: `connected` tells."""
         try:
-            waiting, pending, dead, size, flat = await self._call("status", self._ttl_ms)
+            waiting, pending, dead, size, flat, age_ms = await self._call("status", self._ttl_ms)
         except BufferUnavailable:
             return BufferStatus(connected=False)
         counts = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
         ledger = {name: counts.get(name, 0) for name in LEDGER}
-        return BufferStatus(connected=True, waiting=waiting, pending=pending, dead=dead, bytes=size, ledger=ledger)
+        return BufferStatus(
+            connected=True,
+            waiting=waiting,
+            pending=pending,
+            dead=dead,
+            bytes=size,
+            oldest_age_s=age_ms / 1000,
+            ledger=ledger,
+        )
 
     async def read_worker(self) -> WorkerStatus:
         """The worker's last heartbeat. Never raises."""

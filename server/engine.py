@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from functools import partial
@@ -58,8 +58,21 @@ class Outcome:
     rollouts: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """A change of what is served, how long it took from being noticed, and why it was refused, if it was."""
+
+    version: int
+    previous: int
+    seconds: float
+    refused: str | None = None
+
+
 class Engine:
-    """Answers queries with any version of one adapter. Its methods run on the event loop's thread."""
+    """Answers queries with any version of one adapter. Its methods run on the event loop's thread.
+
+    `on_swap` is told of every swap, also of those that are refused.
+    """
 
     def __init__(self, stage: Stage, store: AdapterStore, settings: Settings) -> None:
         family = stage.policy.family
@@ -72,6 +85,7 @@ class Engine:
         self.serving = BASE
         self.stage = stage
         stage.introduce(store)
+        self.on_swap: Callable[[Swap], None] = lambda swap: None
         self._poll_s = settings.swap_poll_s
         self._asked = self._looked = time.monotonic()
         self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
@@ -97,6 +111,16 @@ class Engine:
     def wait_s(self, ahead: int) -> float:
         """How long a request will wait for so many others, going by how long answers have taken of late."""
         return self.stage.wait_s(ahead)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are with the model or wait for it."""
+        return self.stage.waiting
+
+    @property
+    def batches(self) -> Mapping[int, int]:
+        """How often so many requests were answered together."""
+        return dict(self.stage.answering.batches)
 
     async def ping(self) -> None:
         """A no-op through the model's thread."""
@@ -228,17 +252,23 @@ class Engine:
         live = await asyncio.to_thread(self.store.live)
         if live.version == self.serving or self._refused == (live.generation, live.version):
             return self.serving
+        began = time.perf_counter()
         try:
             await self.stage.load(self.store, live.version)
         except (StoreError, RuntimeError) as error:  # torch raises RuntimeError, out of memory included
             self._refused = (live.generation, live.version)
-            log.error("swap_refused", version=version_name(live.version), error=type(error).__name__)
+            refused, name = type(error).__name__, version_name(live.version)
+            log.error("swap_refused", adapter=self.store.name, version=name, error=refused)
+            self.on_swap(Swap(live.version, self.serving, time.perf_counter() - began, refused))
         except QueueFull:
             pass  # all slots are leased: the swap waits, the requests do not
         else:
             before, self.serving = self.serving, live.version
             self.stage.serve(self.store, live.version)
-            log.info("swapped", version=version_name(live.version), previous=version_name(before))
+            if before != self.serving:  # an operator's act and the watch may both have waited for it
+                versions = {"version": version_name(live.version), "previous": version_name(before)}
+                log.info("swapped", adapter=self.store.name, **versions)
+                self.on_swap(Swap(live.version, before, time.perf_counter() - began))
         return self.serving
 
     async def forget(self, versions: Collection[int]) -> None:

@@ -60,6 +60,7 @@ class Lines:
         self.first = Line(store, self._make_engine(store), buffer)
         """The adapter of whoever names none."""
         self._open = {self.first.name: self.first}
+        self._hear: list[Callable[[Line], None]] = []
 
     async def start(self) -> None:
         """Be ready to answer with the first adapter."""
@@ -77,6 +78,12 @@ class Lines:
     async def names(self) -> list[str]:
         """Of all adapters, whether they are in use or not."""
         return await asyncio.to_thread(self._stores.names)
+
+    def on_open(self, hear: Callable[[Line], None]) -> None:
+        """Tell of every adapter that is in use, and of those that will be before they are asked."""
+        self._hear.append(hear)
+        for line in self._open.values():
+            hear(line)
 
     def in_use(self) -> list[Line]:
         """Those that were asked for since the server started."""
@@ -108,6 +115,8 @@ class Lines:
             if name not in self._open:
                 store = await asyncio.to_thread(self._stores.open, name)
                 line = Line(store, self._make_engine(store), self.first.buffer.of(name))
+                for hear in self._hear:
+                    hear(line)
                 await line.engine.start()
                 self._open[name] = line
 

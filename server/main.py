@@ -34,6 +34,7 @@ from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
+from servetune.server.history import History, Recorder
 from servetune.server.lines import Lines
 from servetune.server.model import Stores, load_policy
 from servetune.server.protocol import TimelyProtocol
@@ -86,8 +87,11 @@ def worker(**flags: Any) -> None:
             stores.open(settings.adapter)  # what is wrong with it, the operator is to hear now
             audit = AuditLog(settings.path("audit.jsonl"))
             log.info("worker_started", model=settings.model, adapter=settings.adapter, home=str(settings.home))
-            with closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream:
-                Workers(settings, policy, stores, stream, audit).run(stop)
+            with (
+                closing(QueryStream.connect(settings, redis_url, consumer=os.uname().nodename)) as stream,
+                closing(Recorder.connect(redis_url)) as history,
+            ):
+                Workers(settings, policy, stores, stream, audit, history.record).run(stop)
 
 
 async def _serve(settings: Settings, redis_url: str) -> bool:
@@ -98,7 +102,9 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
     policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads, stays=True)
     stage = Stage(policy, settings)
     lines = await asyncio.to_thread(_lines, settings, policy, stage, redis_url)
-    app = create_app(settings, lines, Access.from_settings(settings), AuditLog(settings.path("audit.jsonl")))
+    history = History.connect(redis_url)
+    access, audit = Access.from_settings(settings), AuditLog(settings.path("audit.jsonl"))
+    app = create_app(settings, lines, access, audit, history)
     config = uvicorn.Config(
         app,
         http=TimelyProtocol,
@@ -109,7 +115,7 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
         timeout_graceful_shutdown=25,
     )
     beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
-    server = _Server(config, beside)
+    server = _Server(config, beside, history)
     announce = asyncio.create_task(_announce(server, settings))
     try:
         await server.serve()
@@ -138,14 +144,16 @@ class _Server(uvicorn.Server):
     Valkey are stopped.
     """
 
-    def __init__(self, config: uvicorn.Config, beside: asyncio.Task[None] | None) -> None:
+    def __init__(self, config: uvicorn.Config, beside: asyncio.Task[None] | None, history: History) -> None:
         super().__init__(config)
         self.listening = asyncio.Event()
         self._beside = beside
+        self._history = history
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._beside and not self.should_exit:
             self._beside.cancel()  # now: the worker may need a while, and so may the last answers
+        self._history.end()  # who follows it would be waited for
         super().handle_exit(sig, frame)
 
     @contextmanager
@@ -171,6 +179,7 @@ async def _announce(server: _Server, settings: Settings) -> None:
     picture = _picture_to_try()
     print(
         f"\nservetune answers at {url} (API: {url}/docs)\n"
+        f"watch it learn: {url}/\n"
         f"admin key: {settings.path('admin.key')}\n"
         f"try:\n  curl -s {url}/answer -F image=@{picture} -F 'question=What is this?'\n",
         flush=True,

@@ -33,9 +33,11 @@ from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
 from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError
+from servetune.server.history import History
 from servetune.server.ids import new_id
 from servetune.server.images import ImageReader
 from servetune.server.lines import Line, Lines, chosen
+from servetune.server.metrics import Metrics
 from servetune.server.quota import Quota
 from servetune.server.settings import Settings
 from servetune.server.stage import QueueFull
@@ -317,3 +319,5 @@ class Services:
     audit: AuditLog
     answers: AnswerService
     quota: Quota
+    history: History
+    metrics: Metrics

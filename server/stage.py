@@ -50,6 +50,7 @@ class Stage:
     def __init__(self, policy: Policy, settings: Settings) -> None:
         self.policy = policy
         self.answering = Answering(policy, settings.prompt_cache_bytes)
+        self.waiting = 0  # requests that are with the model or wait for it
         self.stands_still = False
         self._settings = settings
         # The number of threads is a property of each thread that calls torch.
@@ -59,7 +60,6 @@ class Stage:
         self._served: dict[str, int] = {}  # the version that each adapter serves
         self._leases: Counter[tuple[str, int]] = Counter()
         self._running: set[threading.Event] = set()  # set one, and its generation ends
-        self._waiting = 0
         self._loading = asyncio.Lock()
         self._is_warm = False
 
@@ -107,12 +107,12 @@ class Stage:
 
     async def perform(self, resident: Resident, submit: Callable[[threading.Event], Future[T]]) -> T:
         """What is submitted to the thread for a version, at the end of the queue. Raises QueueFull."""
-        if self._waiting >= self._settings.queue_size:
+        if self.waiting >= self._settings.queue_size:
             raise QueueFull
         stop = threading.Event()
         job = submit(stop)
         self._leases[resident.key] += 1
-        self._waiting += 1
+        self.waiting += 1
         # The lease ends when the thread is done with it, not when an impatient caller is.
         loop = asyncio.get_running_loop()
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(self._release, resident.key))
@@ -124,7 +124,7 @@ class Stage:
             self._running.discard(stop)
 
     def _release(self, key: tuple[str, int]) -> None:
-        self._waiting -= 1
+        self.waiting -= 1
         self._leases[key] -= 1
 
     # --- versions ------------------------------------------------------------------------------------

@@ -27,6 +27,7 @@ from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, Erase
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
+from servetune.server.history import Record, silent, version_event
 from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
@@ -53,6 +54,7 @@ class Worker:
     """Learns for one adapter. `turn` is one round of the loop.
 
     Args:
+        record: is told of every step, verdict and version.
         slots: of the policy, for the candidate and for what is live; nobody else uses them.
     """
 
@@ -63,6 +65,7 @@ class Worker:
         store: AdapterStore,
         stream: QueryStream,
         audit: AuditLog,
+        record: Record = silent,
         slots: tuple[str, str] = SLOTS,
     ) -> None:
         self._settings = settings
@@ -71,6 +74,7 @@ class Worker:
         self._store = store
         self._stream = stream
         self._audit = audit
+        self._record = record
         self.learner = Learner(policy, learner_config(settings), self._candidate_slot, settings.seed)
         self._gate = Gate(policy, candidate=slots[0], live=slots[1], max_tokens=settings.max_answer_tokens)
         self._held: list[Delivery] = []  # taught the candidate; settled with it
@@ -175,18 +179,18 @@ class Worker:
         batch = [d for d in batch if d.query.id not in known]
         if not batch:
             return True
+        began = time.perf_counter()
         try:
             metrics, taught = self.learner.step([d.query for d in batch])
             self._gate.remember([d.query for d in batch])
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
-            log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=len(batch))
-            self.failures += 1
+            self._note_failure(error, len(batch))
             self._leased = [d for d in self._leased if d not in batch]
             self._stream.release(batch, failed=True)
             self.learner.forget(d.query.id for d in batch)
             self._give_back()
             return False
-        self._note_step(metrics)
+        self._note_step(metrics, time.perf_counter() - began)
         ids = {query.id for query in taught}
         self._settle([d for d in batch if d.query.id not in ids], "no_signal")
         self._held += [d for d in batch if d.query.id in ids]
@@ -194,13 +198,14 @@ class Worker:
 
     def _replay(self) -> bool:
         """Steps on what is remembered. False when one failed; then the candidate is dropped with the memory."""
+        began = time.perf_counter()
         try:
-            self._note_step(self.learner.step([])[0])
+            metrics, _ = self.learner.step([])
         except Exception as error:
-            log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=0)
-            self.failures += 1
+            self._note_failure(error, 0)
             self._give_back()
             return False
+        self._note_step(metrics, time.perf_counter() - began)
         return True
 
     def _conclude(self) -> None:
@@ -209,6 +214,7 @@ class Worker:
         verdict = self._judge(witnesses)
         self._judged_step = self.learner.steps
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
+        self._record("verdict", verdict.as_dict() | {"step": self.learner.steps})
         if verdict.early:
             log.info("candidate_waits", adapter=self._store.name, reasons=verdict.reasons)
             self.learner.proceed()
@@ -295,7 +301,8 @@ class Worker:
 
     def _promote(self, version: int, generation: int) -> None:
         self._live = self._store.promote(version, expected_generation=generation)
-        self._record("adapter_promoted", {"version": version_name(version)})
+        self._note_act("adapter_promoted", {"version": version_name(version)})
+        self._record("publish", version_event(self._store.manifest(version)))
         log.info("published", adapter=self._store.name, version=version_name(version))
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
@@ -315,7 +322,8 @@ class Worker:
             self._live = self._store.rollback(target, self._live.generation)
             self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
-            self._record("adapter_rolled_back", details)
+            self._note_act("adapter_rolled_back", details)
+            self._record("rollback", {"by": "worker", "version": version_name(target), "reasons": verdict.reasons})
             log.warning(
                 "rolled_back", adapter=self._store.name, version=version_name(target), reasons=verdict.reasons
             )
@@ -338,7 +346,8 @@ class Worker:
             return
         with suppress(AliasMoved):
             made = self._store.reset(expected_generation=self._live.generation)
-            self._record("adapter_reset", {"version": version_name(made.version)})
+            self._note_act("adapter_reset", {"version": version_name(made.version)})
+            self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", adapter=self._store.name, version=version_name(made.version))
         self._follow()
 
@@ -387,7 +396,7 @@ class Worker:
 
     # --- book-keeping --------------------------------------------------------------------------------
 
-    def _record(self, event: str, details: Mapping[str, object]) -> None:
+    def _note_act(self, event: str, details: Mapping[str, object]) -> None:
         """Put on record what was done to the adapter."""
         self._audit.append(event, "worker", None, {"adapter": self._store.name, **details})
 
@@ -397,11 +406,17 @@ class Worker:
             done = {d.query.id for d in deliveries}
             self._leased = [d for d in self._leased if d.query.id not in done]
 
-    def _note_step(self, metrics: StepMetrics) -> None:
+    def _note_failure(self, error: Exception, queries: int) -> None:
+        log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=queries)
+        self.failures += 1
+        self._record("step", {"step": self.learner.steps, "groups": queries, "failed": type(error).__name__})
+
+    def _note_step(self, metrics: StepMetrics, seconds: float) -> None:
         self._heard |= self.learner.remembered()
         numbers = {**asdict(metrics)["values"], "groups": metrics.groups, "informative": metrics.informative}
         numbers = {name: value for name, value in numbers.items() if math.isfinite(value)}
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self.learner.steps})
+        self._record("step", {"step": self.learner.steps, "seconds": round(seconds, 4), **numbers})
 
     def _report(self, state: str) -> None:
         update = {"state": state, "error": None, "version": version_name(self._live.version)}

@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import structlog
 
@@ -20,6 +22,7 @@ from servetune.adapters.policy import Policy
 from servetune.adapters.versions import StoreError
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryStream
+from servetune.server.history import silent
 from servetune.server.model import Stores, worker_lock
 from servetune.server.settings import Settings
 from servetune.server.worker import POLL_S, SLOTS, Worker
@@ -43,16 +46,27 @@ class _Place:
 
 
 class Workers:
-    """Learns for the adapters of a home, `worker_adapters` of them at the same time."""
+    """Learns for the adapters of a home, `worker_adapters` of them at the same time.
+
+    Args:
+        record: is told what happens to which adapter, in the words of `history`.
+    """
 
     def __init__(
-        self, settings: Settings, policy: Policy, stores: Stores, stream: QueryStream, audit: AuditLog
+        self,
+        settings: Settings,
+        policy: Policy,
+        stores: Stores,
+        stream: QueryStream,
+        audit: AuditLog,
+        record: Callable[[str, str, Mapping[str, Any]], None] | None = None,
     ) -> None:
         self._settings = settings
         self._policy = policy
         self._stores = stores
         self._stream = stream
         self._audit = audit
+        self._record = record
         self._places: dict[str, _Place] = {}
         self._free = [SLOTS]
         self._left: dict[str, float] = {}  # when adapters last gave up a place
@@ -138,7 +152,8 @@ class Workers:
             holding.callback(self._free.append, slots)
             stream = self._stream.of(name)
             holding.callback(stream.leave)
-            worker = Worker(settings, self._policy, store, stream, self._audit, slots)
+            told = partial(self._record, name) if self._record else silent
+            worker = Worker(settings, self._policy, store, stream, self._audit, told, slots)
             holding.callback(worker.end)
             self._places[name] = _Place(worker, holding.pop_all(), time.monotonic())
             self._waited.discard(name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -17,12 +18,13 @@ from PIL import Image
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, Manifest, version_name
-from servetune.clients.types import BufferStatus, WorkerStatus
+from servetune.clients.types import BufferStatus, Event, WorkerStatus
 from servetune.server.access import Access
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryBuffer, Skipped
-from servetune.server.engine import Engine, Outcome
+from servetune.server.engine import Engine, Outcome, Swap
+from servetune.server.history import AT_ONCE, History
 from servetune.server.lines import Lines
 from servetune.server.model import Stores
 from servetune.server.settings import Settings
@@ -53,6 +55,9 @@ class FakeEngine:
         self.life: list[str] = []
         self.forgotten: list[tuple[int, ...]] = []
         self.pace_s = 0.0
+        self.waiting = 0
+        self.batches: dict[int, int] = {}
+        self.on_swap: Callable[[Swap], None] = lambda swap: None
 
     async def start(self) -> None:
         self.life.append("started")
@@ -71,7 +76,9 @@ class FakeEngine:
             raise self.error
 
     async def refresh(self) -> int:
-        self.serving = self.store.live().version
+        before, self.serving = self.serving, self.store.live().version
+        if before != self.serving:
+            self.on_swap(Swap(self.serving, before, 0.02))
         return self.serving
 
     async def forget(self, versions: Collection[int]) -> None:
@@ -137,6 +144,7 @@ class FakeBuffer:
         self.compacted = 0
         self.num_adapters = 0
         self.others: dict[str, FakeBuffer] = {}
+        self.worker = WorkerStatus(state="absent")
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def put(self, query: Query, client: str) -> None:
@@ -182,13 +190,63 @@ class FakeBuffer:
         await asyncio.Event().wait()
 
     async def status(self) -> BufferStatus:
-        return BufferStatus(connected=not self.down, waiting=len(self.kept))
+        return BufferStatus(connected=not self.down, waiting=len(self.kept), ledger={"acked": self.puts})
 
     async def read_worker(self) -> WorkerStatus:
-        return WorkerStatus(state="absent")
+        return self.worker
 
     async def close(self) -> None:
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+
+class FakeHistory:
+    """Events in a list; `down` is a Redis that cannot be reached."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.down = False
+        self._ended = asyncio.Event()
+
+    def record(self, adapter: str, kind: str, data: Mapping[str, Any]) -> None:
+        if not self.down:
+            id, now = f"{time.time() * 1000 + 1:.0f}-{len(self.events)}", time.time()
+            self.events.append(Event(id=id, time=now, adapter=adapter, kind=kind, data=dict(data)))
+
+    async def read(
+        self, adapter: str, *, since: str | None = None, until: str | None = None, limit: int = AT_ONCE
+    ) -> list[Event]:
+        if self.down:
+            raise BufferUnavailable
+        found = [event for event in self.events if event.adapter == adapter]
+        if since is None:
+            return [event for event in found if until is None or place(event.id or "") < place(until)][-limit:]
+        return [event for event in found if place(event.id or "") > place(since)][:limit]
+
+    async def newest(self, adapter: str) -> str:
+        return (self.events[-1].id if self.events else None) or "0-0"
+
+    async def ended(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(min(within_s, 0.01)):
+                await self._ended.wait()
+        except TimeoutError:
+            pass
+        return self._ended.is_set()
+
+    def end(self) -> None:
+        self._ended.set()
+
+    async def close(self) -> None:
+        self.end()
+
+    def kinds(self) -> list[str]:
+        return [event.kind for event in self.events]
+
+
+def place(id: str) -> tuple[int, int]:
+    """Where an event with this id stands among the others."""
+    milliseconds, _, number = id.partition("-")
+    return int(milliseconds), int(number or 0)
 
 
 ZERO: Any = (
@@ -200,8 +258,10 @@ ZERO: Any = (
 
 
 def make_store(root: Path) -> AdapterStore:
-    """A store with the base and two learned versions, v0002 live."""
+    """A store with the base and two learned versions, v0002 live; or the one that is there."""
     store = AdapterStore(root)
+    if store.folder.joinpath("v0002").exists():
+        return store
     store.initialise(*ZERO)
     for number in (1, 2):
         made = learn(store, float(number))
@@ -245,7 +305,7 @@ class FakeStores:
 
 
 class World:
-    """An app on fakes, and what it is made of."""
+    """An app on fakes, and what it is made of; with a history of one's own where one is given."""
 
     def __init__(
         self,
@@ -254,6 +314,7 @@ class World:
         user_keys: tuple[str, ...] = (),
         admin: bool = True,
         adapter_keys: Mapping[str, Sequence[str]] | None = None,
+        history: History | None = None,
         **chosen: Any,
     ) -> None:
         self.settings = Settings(home=home, **chosen)
@@ -264,6 +325,7 @@ class World:
         self.stage = FakeStage()
         self.audit = AuditLog(home / "audit.jsonl")
         self.access = Access(user_keys, ADMIN_KEY if admin else None, adapter_keys)
+        self.history = FakeHistory()
         self.lines = Lines(
             self.settings,
             cast(Stage, self.stage),
@@ -271,7 +333,8 @@ class World:
             cast(QueryBuffer, self.buffer),
             self._engine,
         )
-        self.app: FastAPI = create_app(self.settings, self.lines, self.access, self.audit)
+        told = history or cast(History, self.history)
+        self.app: FastAPI = create_app(self.settings, self.lines, self.access, self.audit, told)
         transport = httpx2.ASGITransport(app=self.app)
         self.client = httpx2.AsyncClient(transport=transport, base_url="http://localhost")
 

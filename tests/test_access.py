@@ -19,7 +19,9 @@ from servetune.server.errors import ServiceError
 from servetune.server.settings import Settings
 from tests.fakes import ADMIN, ADMIN_KEY, USER, USER_KEY, World
 
-OPEN = {"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"}
+PAGE = {"/", "/page/{file}"}  # static, and without data
+OPEN = {"/livez", "/readyz", "/health", "/v2/health/live", "/v2/health/ready"} | PAGE
+HISTORY = {"/v1/adaptation/events", "/v1/adaptation/series"}  # numbers and names, for whoever may ask
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.9.9.9", "localhost", "::1", "[::1]"])
@@ -79,8 +81,9 @@ def test_every_route_declares_one_scope(tmp_path: Path) -> None:
     scopes = dict(routes)
     assert {path for path, declared in scopes.items() if declared == {"open"}} == OPEN
     admin = {path for path, declared in scopes.items() if declared == {"admin"}}
-    assert admin == {path for path in scopes if path.startswith(("/v1/adap", "/v1/audit"))}
+    assert admin == {path for path in scopes if path.startswith(("/v1/adap", "/v1/audit"))} - HISTORY
     assert len(admin) == 14
+    assert {path for path in HISTORY | {"/metrics"} if scopes[path] == {"user"}} == HISTORY | {"/metrics"}
 
 
 def test_a_route_without_a_scope_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,7 +102,7 @@ def keyed(tmp_path: Path) -> World:
 def paths(world: World) -> list[tuple[str, str]]:
     """A request for each route; POST where that is what it takes."""
     declared = [path.replace("{model:path}", "default") for path, _ in declared_scopes(world.app)]
-    filled = [path.format(name="default", version="live") for path in declared]
+    filled = [path.format(name="default", version="live", file="page.js") for path in declared]
     acts = ("answer", "completions", "snapshot", "promote", "rollback", "reset", "pause", "resume", "erase")
     return [("POST" if path.endswith(acts) else "GET", path) for path in filled]
 
@@ -107,7 +110,8 @@ def paths(world: World) -> list[tuple[str, str]]:
 async def test_with_keys_everything_but_health_needs_one(keyed: World) -> None:
     for method, path in paths(keyed):
         reply = await keyed.client.request(method, path)
-        assert (reply.status_code == 200) if path in OPEN else (reply.status_code == 401), path
+        is_open = path in OPEN or path == "/page/page.js"
+        assert (reply.status_code == 200) if is_open else (reply.status_code == 401), path
         if reply.status_code == 401:
             assert reply.headers["www-authenticate"] == "Bearer"
             body = reply.json()
@@ -115,7 +119,8 @@ async def test_with_keys_everything_but_health_needs_one(keyed: World) -> None:
 
 
 async def test_a_user_key_opens_no_admin_route_and_the_attempt_is_audited(keyed: World) -> None:
-    tried = [(method, path) for method, path in paths(keyed) if path.startswith(("/v1/ad", "/v1/au"))]
+    restricted = [each for each in paths(keyed) if each[1].startswith(("/v1/ad", "/v1/au"))]
+    tried = [(method, path) for method, path in restricted if path not in HISTORY]
     for method, path in tried:
         assert (await keyed.client.request(method, path, headers=USER)).status_code == 403
     entries, _ = keyed.audit.page(limit=100)

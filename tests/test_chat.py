@@ -21,12 +21,13 @@ from servetune.server.access import Access
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
+from servetune.server.history import History
 from servetune.server.lines import Lines
 from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.stage import SLOTS, QueueFull, Stage
 from tests.conftest import noise
-from tests.fakes import USER_KEY, FakeBuffer, World, png, until
+from tests.fakes import USER_KEY, FakeBuffer, FakeHistory, World, png, until
 
 
 def asked(text: str = "what is this?", images: int = 1) -> list[dict[str, Any]]:
@@ -204,7 +205,7 @@ async def tiny_client(tmp_path: Path, tiny: Path) -> AsyncIterator[AsyncOpenAI]:
     policy = Policy(Family.load(str(tiny)), LoraSpec(4, 8), SLOTS)
     audit, buffer = AuditLog(settings.path("audit.jsonl")), cast(QueryBuffer, FakeBuffer())
     lines = Lines(settings, Stage(policy, settings), Stores(settings, policy), buffer)
-    app = create_app(settings, lines, Access([], None), audit)
+    app = create_app(settings, lines, Access([], None), audit, cast(History, FakeHistory()))
     async with app.router.lifespan_context(app):
         yield client_of(httpx2.ASGITransport(app))
 

@@ -5,6 +5,7 @@ import base64
 import copy
 import inspect
 import io
+import itertools
 import json
 import pickle
 import subprocess
@@ -650,6 +651,104 @@ def test_an_export_overwrites_nothing(ask, tmp_path):
     with pytest.raises(FileExistsError):
         ask(server, lambda c: c.adapters.export(2, tmp_path))
     assert server.requests == []
+
+
+# --- history -----------------------------------------------------------------------------------------
+
+
+def stream(*numbers):
+    """A reply that tells of steps."""
+    content = ": hello\nid: 0-0\nretry: 1000\n\n" if numbers else ""
+    for n in numbers:
+        content += f'event: step\ndata: {{"id":"{n}-0","time":1.0,\ndata: "adapter":"default","kind":"step",'
+        content += f'"data":{{"n":{n}}}}}\nid: {n}-0\n\n'
+    return httpx2.Response(200, content=content, headers={"content-type": "text/event-stream"})
+
+
+def heard(ask, server, count, **options):
+    """The first events of a client, sync or not."""
+
+    def collect(client):
+        if isinstance(client, Client):
+            return list(itertools.islice(client.adaptation.events(**options), count))
+
+        async def gather():
+            found = []
+            events = client.adaptation.events(**options)
+            async for event in events:
+                found.append(event)
+                if len(found) == count:
+                    break
+            await events.aclose()
+            return found
+
+        return gather()
+
+    return [event.data["n"] for event in ask(server, collect)]
+
+
+def test_events_go_on_after_the_last_one_heard(ask, pauses):
+    server = Server(
+        stream(1, 2), httpx2.ReadError("cut"), problem(503, "not_ready"), stream(), stream(3), stream(4)
+    )
+    assert heard(ask, server, 4, since="0", adapter="default") == [1, 2, 3, 4]
+    assert [last(request) for request in server.requests] == [None, "2-0", "2-0", "2-0", "2-0", "3-0"]
+    assert {str(request.url.query) for request in server.requests} == {str(b"adapter=default&since=0")}
+    assert len(pauses) == 5
+    assert pauses[0] < 1, "what was heard makes it hopeful again"
+
+
+def test_an_event_that_was_cut_off_is_asked_for_again(ask, pauses):
+    server = Server(httpx2.Response(200, content=CUT), stream(2))
+    assert heard(ask, server, 2) == [1, 2]
+    assert [last(request) for request in server.requests] == [None, "1-0"]
+
+
+def test_who_is_cut_off_before_the_first_event_misses_none(ask, pauses):
+    server = Server(httpx2.Response(200, content=b"id: 7-0\nretry: 1000\n\n"), stream(8))
+    assert heard(ask, server, 1) == [8]
+    assert [last(request) for request in server.requests] == [None, "7-0"]
+
+
+def last(request):
+    return request.headers.get("last-event-id")
+
+
+CUT = b'data: {"time":1.0,"adapter":"a","kind":"step","data":{"n":1}}\nid: 1-0\n\ndata: {"time":1}\nid: 2-0\n'
+
+
+def test_what_happened_so_far_has_an_end(ask, pauses):
+    server = Server(stream(1, 2))
+    assert heard(ask, server, 9, since="0", follow=False) == [1, 2]
+    assert dict(server.requests[0].url.params) == {"since": "0", "follow": "false"}
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(("status", "tries"), [(401, 1), (404, 1), (503, 3)])
+def test_events_that_cannot_be_had_are_an_error(ask, pauses, status, tries):
+    server = Server(problem(status, "no"))
+    with pytest.raises(clients.APIStatusError):
+        heard(ask, server, 1)
+    assert len(server.requests) == tries
+
+
+def test_events_that_cannot_be_read_are_an_error(ask, pauses):
+    with pytest.raises(clients.APIError, match="does not read"):
+        heard(ask, Server(httpx2.Response(200, content=b"data: [1]\n\n")), 1)
+
+
+def test_the_history_is_read_with_the_users_key_or_the_only_one_there_is(ask):
+    reply = ok({"adapter": "default", "columns": {"time": [1.0], "reward": [None]}, "marks": []})
+    for keys, sent in (
+        ({"api_key": "u", "admin_key": "a"}, "u"),
+        ({"admin_key": "a"}, "a"),
+        ({"api_key": "u"}, "u"),
+    ):
+        server = Server(reply)
+        found = ask(server, lambda c: c.adaptation.series(limit=5), **keys)
+        assert found.columns["reward"] == [None]
+        assert server.requests[0].headers["authorization"] == f"Bearer {sent}"
+        assert dict(server.requests[0].url.params) == {"limit": "5"}
 
 
 # --- surface -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
 from servetune.server.answering import LET_OTHERS_IN, Answering
-from servetune.server.engine import Engine, Outcome
+from servetune.server.engine import Engine, Outcome, Swap
 from servetune.server.model import _dtype
 from servetune.server.settings import Settings
 from servetune.server.stage import SLOTS, QueueFull, Stage, fewest_threads
@@ -187,12 +187,17 @@ async def test_open_answers(engine: Engine) -> None:
 async def test_a_promoted_version_is_swapped_in_and_stamped(
     engine: Engine, policy: Policy, store: AdapterStore
 ) -> None:
+    swaps: list[Swap] = []
+    engine.on_swap = swaps.append
     before = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
     version = publish(policy, store, seed=1)
     store.promote(version)
     async with asyncio.timeout(10):
         while engine.serving != version:
             await asyncio.sleep(0.01)
+    await asyncio.gather(engine.refresh(), engine.refresh())
+    assert [(swap.version, swap.previous, swap.refused) for swap in swaps] == [(version, 0, None)]
+    assert swaps[0].seconds > 0
     after = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "live")
     base = await engine.answer(query(labels=LABELS), Sampling(top_k=3), "base")
     assert after.version == version
@@ -233,8 +238,12 @@ async def test_swaps_tear_nothing(engine: Engine, policy: Policy, store: Adapter
 async def test_a_version_with_the_wrong_probe_is_not_served(
     engine: Engine, policy: Policy, store: AdapterStore
 ) -> None:
-    store.promote(publish(policy, store, seed=1, probe=tuple([9.0] * 32)))
+    swaps: list[Swap] = []
+    engine.on_swap = swaps.append
+    version = publish(policy, store, seed=1, probe=tuple([9.0] * 32))
+    store.promote(version)
     assert await engine.refresh() == 0
+    assert [(swap.version, swap.previous, swap.refused) for swap in swaps] == [(version, 0, "CorruptVersion")]
     assert (await engine.answer(query(labels=LABELS), Sampling(), "live")).version == 0
 
 
@@ -552,11 +561,14 @@ async def test_what_waits_is_answered_together_and_as_if_alone(
         answer(self, jobs, began)
 
     monkeypatch.setattr(Answering, "_answer", counted)
+    before = roomy.batches
     with held(roomy):
         waiting = [asyncio.create_task(roomy.answer(*each)) for each in asked]
         await asyncio.sleep(0.2)
+        assert roomy.waiting == 24
     together = await asyncio.gather(*waiting)
     assert turns == [24], "one turn for both versions"
+    assert (before, roomy.batches) == ({1: 24}, {1: 24, 24: 1})
     for one, other in zip(alone, together, strict=True):
         assert plain(one) == plain(other)
         assert scores(one) == pytest.approx(scores(other), abs=1e-4)

@@ -101,6 +101,22 @@ async def test_through_openais_door_the_walls_are_the_same(world: World) -> None
     assert (await world.client.get("/info", headers=ANN)).json()["adapter"] == "ann"
 
 
+async def test_a_key_of_an_adapter_sees_the_history_of_no_other(world: World) -> None:
+    for name in ("ann", "bob"):
+        world.history.record(name, "step", {"step": 1, "reward": 0.5})
+    for path in ("/v1/adaptation/series", "/v1/adaptation/events?since=0&follow=false"):
+        own = await world.client.get(path, headers=ANN)
+        assert (own.status_code, '"ann"' in own.text, '"bob"' in own.text) == (200, True, False)
+        join = "&" if "?" in path else "?"
+        assert (await world.client.get(f"{path}{join}adapter=bob", headers=ANN)).status_code == 404
+        assert '"bob"' in (await world.client.get(f"{path}{join}adapter=bob", headers=USER)).text
+    assert (await world.client.get("/metrics", headers=ANN)).status_code == 403
+    await ask(world, BOB)
+    told = (await world.client.get("/metrics", headers=USER)).text
+    assert 'servetune_requests_total{adapter="bob",alias="live",outcome="answered",task="vqa"} 1.0' in told
+    assert 'servetune_train_steps_total{adapter="bob",outcome="learned"} 0.0' in told
+
+
 # --- the operator --------------------------------------------------------------------------------------
 
 

@@ -376,6 +376,25 @@ def test_learning_moves_towards_the_vote(policy: Policy) -> None:
     assert mean_divergence(learner) < first
 
 
+def test_a_step_tells_how_the_adapter_stood_to_the_votes(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first step it answers as the base does, so what its answers can expect is known."""
+    learner = Learner(policy, replace(CONFIG, update_budget=2, rounds=1))
+    monkeypatch.setattr(learner, "_view_to_learn", lambda ballot: SAME)
+    values = learner.step([query(seed, LABELS) for seed in range(12)])[0].values
+    assert learner.steps == 1
+    lessons = [each for each in learner.memory.lessons() if not each.ballot.witness]
+    answers = [each.ballot.scores[SAME].softmax(-1) for each in lessons]
+    rewards = [float((own * each.vote).sum()) for own, each in zip(answers, lessons, strict=True)]
+    agrees = [float(own.argmax() == each.vote.argmax()) for own, each in zip(answers, lessons, strict=True)]
+    assert values["reward"] == pytest.approx(sum(rewards) / len(rewards), abs=1e-4)
+    assert values["prequential"] == pytest.approx(sum(agrees) / len(agrees))
+    assert values["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert 0 < values["entropy"] <= math.log(len(LABELS))
+    learner.step([])
+    later = learner.step([])[0].values
+    assert "prequential" not in later, "what was learned from is no news"
+
+
 def mean_divergence(learner: Learner) -> float:
     """Mean KL(vote || candidate) over what is remembered."""
     learner.policy.use("candidate")

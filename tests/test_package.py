@@ -56,6 +56,9 @@ def test_wheel_and_sdist_hold_what_they_should(dist: Path) -> None:
     for needed in (
         "servetune/server/app.py",
         "servetune/server/buffer.lua",
+        "servetune/server/page/index.html",
+        "servetune/server/page/uPlot.iife.min.js",
+        "servetune/server/page/uPlot.LICENSE",
         "servetune/adapters/grpo.py",
         "servetune/clients/types.py",
         "servetune/nano/weights/model.safetensors",
@@ -107,6 +110,8 @@ def test_the_installed_wheel_serves_an_answer(served: str, home_alone: Path, tmp
                 break
         except OSError:
             time.sleep(0.1)
+    page = urllib.request.urlopen(f"{served}/", timeout=5).read().decode()
+    assert "Watch it learn" in page
     command = [
         home_alone / "bin/servetune",
         "answer",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import threading
 import time
@@ -22,6 +24,7 @@ from servetune.adapters.types import Verdict
 from servetune.adapters.versions import version_name
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import LEDGER, OUTCOMES, BufferUnavailable, QueryStream
+from servetune.server.history import Record, silent
 from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
@@ -73,9 +76,11 @@ def store(settings: Settings, policy: Policy) -> AdapterStore:
 
 
 @contextmanager
-def at_work(settings: Settings, policy: Policy, store: AdapterStore, url: str) -> Iterator[Worker]:
+def at_work(
+    settings: Settings, policy: Policy, store: AdapterStore, url: str, record: Record = silent
+) -> Iterator[Worker]:
     with open_stream(settings, url) as stream:
-        yield Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")))
+        yield Worker(settings, policy, store, stream, AuditLog(settings.path("audit.jsonl")), record)
 
 
 @contextmanager
@@ -126,6 +131,52 @@ async def test_a_turn_learns_publishes_and_settles(
         heard = await buffer.read_worker()
     assert (heard.state, heard.version, heard.steps) == ("idle", "v0001", 1)
     assert made.metrics["informative"] == BATCH
+
+
+async def test_it_tells_what_it_does_and_nothing_that_was_asked(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[tuple[str, dict[str, Any]]] = []
+    await ask(settings, valkey.url, 2 * BATCH)
+    with at_work(settings, policy, store, valkey.url, lambda *event: told.append(event)) as worker:  # type: ignore[arg-type]
+        worker.turn()
+        (_, step), (_, verdict), (_, version) = told
+        assert [kind for kind, _ in told] == ["step", "verdict", "publish"]
+        assert (step["step"], step["groups"], step["informative"]) == (1, BATCH, BATCH)
+        assert step["seconds"] > 0
+        assert {"reward", "majority", "entropy", "valid", "kl", "grad_norm"} <= step.keys()
+        assert verdict == store.manifest(1).gate | {"step": 1}  # type: ignore[operator]
+        assert (version["version"], version["parent"], version["num_queries"]) == ("v0001", "v0000", BATCH)
+        assert not re.search("q_|what is this|hue", json.dumps(told)), "no query, by id or by what it asks"
+        told.clear()
+        monkeypatch.setattr(Gate, "judge", lambda *_, **__: Verdict(False, ("worse 1 is above 0",), {}))
+        worker.turn()
+    assert [kind for kind, _ in told] == ["step", "verdict", "rollback"]
+    assert told[1][1]["reasons"] == ["worse 1 is above 0"]
+    assert told[2][1] == {"by": "worker", "version": "v0000", "reasons": ("worse 1 is above 0",)}
+
+
+async def test_it_tells_of_a_step_that_failed(
+    settings: Settings,
+    policy: Policy,
+    store: AdapterStore,
+    valkey: EmbeddedValkey,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Any] = []
+    await ask(settings, valkey.url)
+    with at_work(settings, policy, store, valkey.url, lambda *event: told.append(event)) as worker:
+
+        def fail(queries: object) -> None:
+            raise RuntimeError("the question was: what is this?")
+
+        monkeypatch.setattr(worker.learner, "step", fail)
+        worker.turn()
+    assert told == [("step", {"step": 0, "groups": BATCH, "failed": "RuntimeError"})]
 
 
 async def test_versions_follow_each_other(
