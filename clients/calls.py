@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 from servetune.clients.admin import status, version_name
 from servetune.clients.errors import APIConnectionError, APITimeoutError, InternalServerError
+from servetune.clients.growing import Growing
 from servetune.clients.images import ImageSource, encode
 from servetune.clients.replies import nothing, reads
-from servetune.clients.session import Call, Pause, Session, Steps
-from servetune.clients.types import Answer, Info
+from servetune.clients.session import Call, Feed, Pause, Session, Steps
+from servetune.clients.types import Answer, Delta, Info
 
 
 def answer(
@@ -56,6 +57,39 @@ def answer(
         "metadata": metadata and dict(metadata),
     }
     return session.send(_ask(image, resize, fields, timeout, idempotency_key))
+
+
+def stream(
+    session: Session,
+    image: ImageSource | Sequence[ImageSource],
+    question: str,
+    *,
+    temperature: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+    adapter: str | None = None,
+    adapt: bool = True,
+    metadata: Mapping[str, str] | None = None,
+    resize: bool = True,
+    timeout: float | None = None,
+    idempotency_key: str | None = None,
+) -> Feed[Delta | Answer]:
+    """Ask an open question, and iterate over the answer while it grows: a `Delta` at a time, at last the `Answer`.
+
+    timeout: seconds to wait for the next part. The other arguments are those of `answer`. Asked again after a
+    failure only where nothing was heard. Raises ImageError before anything is sent, and APIError.
+    """
+    fields = {
+        "question": question,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "adapter": adapter,
+        "adapt": adapt,
+        "metadata": metadata and dict(metadata),
+        "stream": True,
+    }
+    return Growing(session, _ask(image, resize, fields, timeout, idempotency_key))
 
 
 def recognize(

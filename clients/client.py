@@ -10,7 +10,7 @@ from typing import Any, Self
 import httpx2
 
 from servetune.clients import calls
-from servetune.clients.drivers import Awaiting, Blocking, awaiting, blocking
+from servetune.clients.drivers import Awaiting, Blocking, awaiting, awaiting_events, blocking, blocking_events
 from servetune.clients.resources import Adaptation, Adapters, AsyncAdaptation, AsyncAdapters
 from servetune.clients.session import Session, is_loopback
 
@@ -66,6 +66,7 @@ class Client(_Options, Blocking):
         super().__init__(session, httpx2.Client(transport=transport, **_http_options(session)))
 
     answer = blocking(calls.answer)
+    stream = blocking_events(calls.stream)
     recognize = blocking(calls.recognize)
     info = blocking(calls.info)
     ready = blocking(calls.ready)
@@ -113,6 +114,7 @@ class AsyncClient(_Options, Awaiting):
         super().__init__(session, httpx2.AsyncClient(transport=transport, **_http_options(session)))
 
     answer = awaiting(calls.answer)
+    stream = awaiting_events(calls.stream)
     recognize = awaiting(calls.recognize)
     info = awaiting(calls.info)
     ready = awaiting(calls.ready)

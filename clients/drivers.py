@@ -1,7 +1,7 @@
 """Walking steps: `Blocking` waits in the calling thread, `Awaiting` on the event loop.
 
 `blocking` and `awaiting` turn a function of `calls` into a method of either; `blocking_each` and
-`awaiting_each` do so for listings, `blocking_events` and `awaiting_events` for subscriptions. Name, arguments and
+`awaiting_each` do so for listings, `blocking_events` and `awaiting_events` for feeds. Name, arguments and
 docstring stay those of the function.
 """
 
@@ -17,9 +17,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
 
-from servetune.clients.history import Subscription
-from servetune.clients.session import Pause, Rows, Session, Step, Steps, Transfer, Work
-from servetune.clients.types import Event
+from servetune.clients.session import Feed, Pause, Rows, Session, Step, Steps, Transfer, Work
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -162,11 +160,11 @@ def awaiting_each(
 
 
 def blocking_events(
-    subscribe: Callable[Concatenate[Session, P], Subscription],
-) -> Callable[Concatenate[Blocking, P], Iterator[Event]]:
+    subscribe: Callable[Concatenate[Session, P], Feed[T]],
+) -> Callable[Concatenate[Blocking, P], Iterator[T]]:
     """A method that iterates over events as they come."""
 
-    def method(self: Blocking, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[Event]:
+    def method(self: Blocking, /, *args: P.args, **kwargs: P.kwargs) -> Iterator[T]:
         subscription = subscribe(self._session, *args, **kwargs)
         while True:
             reply: httpx2.Response | httpx2.RequestError | None = None
@@ -185,20 +183,21 @@ def blocking_events(
                 return
             time.sleep(pause)
 
-    return _presented(method, subscribe, "Iterator[Event]")
+    return _presented(method, subscribe, "Iterator[{}]")
 
 
 def awaiting_events(
-    subscribe: Callable[Concatenate[Session, P], Subscription],
-) -> Callable[Concatenate[Awaiting, P], AsyncIterator[Event]]:
+    subscribe: Callable[Concatenate[Session, P], Feed[T]],
+) -> Callable[Concatenate[Awaiting, P], AsyncIterator[T]]:
     """The asynchronous iterator of the same."""
 
-    async def method(self: Awaiting, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[Event]:
+    async def method(self: Awaiting, /, *args: P.args, **kwargs: P.kwargs) -> AsyncIterator[T]:
         subscription = subscribe(self._session, *args, **kwargs)
         while True:
             reply: httpx2.Response | httpx2.RequestError | None = None
             try:
-                async with aclosing(await self._http.send(subscription.request(), stream=True)) as response:
+                request = await asyncio.to_thread(subscription.request)  # it may have images to read
+                async with aclosing(await self._http.send(request, stream=True)) as response:
                     if response.is_success:
                         async for line in response.aiter_lines():
                             if event := subscription.heard(line):
@@ -212,16 +211,17 @@ def awaiting_events(
                 return
             await asyncio.sleep(pause)
 
-    return _presented(method, subscribe, "AsyncIterator[Event]")
+    return _presented(method, subscribe, "AsyncIterator[{}]")
 
 
 def _presented(method: F, flow: Callable[..., Any], returns: str) -> F:
     """Let `help` and editors see the method a user calls: `self`, no cursor, the result itself."""
     functools.update_wrapper(method, flow)
     signature = inspect.signature(flow)
-    result = str(signature.return_annotation).removeprefix("Steps[").removesuffix("]")
-    if result.startswith("Rows["):
-        result = result.removeprefix("Rows[").removesuffix("]")
+    result = str(signature.return_annotation)
+    for wrapping in ("Steps[", "Rows[", "Feed["):
+        if result.startswith(wrapping):
+            result = result.removeprefix(wrapping).removesuffix("]")
     first, *rest = signature.parameters.values()
     parameters = [first.replace(name="self", annotation=inspect.Parameter.empty)]
     parameters += [parameter for parameter in rest if parameter.name != "cursor"]

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from servetune.clients.errors import APIError
 from servetune.clients.replies import nothing, reads
-from servetune.clients.session import Call, Session, Steps, retry_delay
+from servetune.clients.session import Call, Feed, Session, Steps, retry_delay
 from servetune.clients.types import Event, Series
 
 T = TypeVar("T")
@@ -95,7 +95,7 @@ def events(
     since: str | None = None,
     status: bool = False,
     follow: bool = True,
-) -> Subscription:
+) -> Feed[Event]:
     """Iterate over what happens to an adapter: steps, verdicts, versions, swaps and operators' acts.
 
     since: begin after the event with this id; "0": with all that is kept, None: with what happens from now on.

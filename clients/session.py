@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
-from typing import Any, BinaryIO, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, BinaryIO, Generic, Literal, NamedTuple, Protocol, TypeAlias, TypeVar
 from uuid import uuid4
 
 import httpx2
@@ -26,6 +26,7 @@ from servetune.clients.errors import (
 )
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 8.0
@@ -74,6 +75,22 @@ class Call(Generic[T]):
     sink: BinaryIO | None = None
 
 
+class Feed(Protocol[T_co]):
+    """Something that the server tells line by line, over as many connections as it takes."""
+
+    def request(self) -> httpx2.Request:
+        """Asks for it, or for what is still to come."""
+
+    def heard(self, line: str) -> T_co | None:
+        """What a line completes, if it does. Raises APIError."""
+
+    def broken(self, reply: httpx2.Response | httpx2.RequestError | None) -> float | None:
+        """Seconds to wait before asking again, after a refusal, a failure or (None) the end; None: that was all.
+
+        Raises APIError where asking again would change nothing.
+        """
+
+
 class Rows(NamedTuple, Generic[T]):
     """One page of a listing, parsed; `next_cursor` is None on the last."""
 
@@ -106,7 +123,7 @@ class Session:
 
     def send(self, call: Call[T]) -> Steps[T]:
         """Send a call until it succeeds or retrying is pointless. Raises APIError."""
-        content = None if call.body is None else (yield Work(partial(_to_json, call.body)))
+        content = None if call.body is None else (yield Work(partial(to_json, call.body)))
         headers = self._headers(call)
         retries = self.max_retries if call.max_retries is None else call.max_retries
         for attempt in itertools.count():
@@ -182,6 +199,6 @@ def _is_transient(error: APIStatusError) -> bool:
     return in_flight or error.status in (408, 429) or (error.status >= 500 and not too_hard)
 
 
-def _to_json(body: Callable[[], Mapping[str, Any]]) -> bytes:
+def to_json(body: Callable[[], Mapping[str, Any]]) -> bytes:
     given = {name: value for name, value in body().items() if value is not None}
     return json.dumps(given, allow_nan=False, separators=(",", ":")).encode()

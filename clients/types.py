@@ -92,7 +92,7 @@ class AnswerRequest(Request):
     deadline_s: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="with `adapt: now`: seconds to answer in, as far as possible"
     )
-    stream: Literal[False] = False
+    stream: bool = Field(False, description="VQA: tell the answer while it grows, as server-sent events")
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
 
     @field_validator("adapter", mode="before")
@@ -124,11 +124,19 @@ class AnswerRequest(Request):
             raise ValueError("'n' is for VQA: recognition already returns the whole distribution")
         if self.candidate_labels is None and max(self.n, self.top_k or 1) * self.max_tokens > MAX_ANSWER_TOKENS:
             raise ValueError(f"'n' or 'top_k' times 'max_tokens' may be at most {MAX_ANSWER_TOKENS}")
+        if self.stream and (self.candidate_labels is not None or self.n > 1 or self.adapt == "now"):
+            raise ValueError("'stream' is for one open answer: not with labels, 'n' above 1 or 'adapt': 'now'")
         if self.deadline_s is not None and self.adapt != "now":
             raise ValueError("'deadline_s' is for 'adapt': 'now'")
         if self.n > 1 and self.temperature == 0:
             raise ValueError("'n' above 1 needs a 'temperature' above 0")
         return self
+
+
+class Delta(Result):
+    """What is new of an answer that grows."""
+
+    text: str
 
 
 class AdapterRef(Result):

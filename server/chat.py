@@ -10,7 +10,6 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -29,8 +28,9 @@ from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError, as_service_error, invalid_request, openai_error
 from servetune.server.lines import AT
 from servetune.server.middleware import VERSION_HEADER
-from servetune.server.routes import ServicesDep, UserDep, asker, while_connected
+from servetune.server.routes import STREAM, ServicesDep, UserDep, asker, while_connected
 from servetune.server.service import Services
+from servetune.server.telling import Telling, settled
 
 MAX_TOKENS = 256  # where a request does not say
 
@@ -295,7 +295,6 @@ class Exchange:
         self._request = request
         self._services = services
         self._who = caller, request_id, opted_out
-        self._heard: asyncio.Queue[str] = asyncio.Queue()
 
     async def whole(self) -> Response:
         """The completion as one object."""
@@ -316,14 +315,9 @@ class Exchange:
 
     async def stream(self) -> Response:
         """The completion as server-sent events. What fails before the first of them is an ordinary error."""
-        asking = asyncio.create_task(self._ask(self._heard.put_nowait if self._can_tell else None))
-        try:
-            first = await self._next(asking)
-        except BaseException:
-            asking.cancel()
-            raise
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(self._events(asking, first), headers=headers, media_type="text/event-stream")
+        telling = Telling(self._ask, self._can_tell)
+        first = await telling.begin()
+        return StreamingResponse(self._events(telling, first), headers=STREAM, media_type="text/event-stream")
 
     @property
     def _can_tell(self) -> bool:
@@ -336,19 +330,7 @@ class Exchange:
         outcome, kept = await answers.ask(request, request.images or (), *self._who, wanted, listen)
         return outcome, answers.wire(request, outcome, kept)
 
-    async def _next(self, asking: asyncio.Task[tuple[Outcome, Answer]]) -> str | None:
-        """What has been said so far, as soon as there is more; None when all is said. Raises what went wrong."""
-        hearing = asyncio.create_task(self._heard.get())
-        await asyncio.wait({hearing, asking}, return_when=asyncio.FIRST_COMPLETED)
-        if hearing.done():
-            return hearing.result()
-        hearing.cancel()
-        with suppress(asyncio.CancelledError):
-            await hearing
-        asking.result()
-        return None
-
-    async def _events(self, asking: asyncio.Task[tuple[Outcome, Answer]], text: str | None) -> AsyncIterator[str]:
+    async def _events(self, telling: Telling[tuple[Outcome, Answer]], text: str | None) -> AsyncIterator[str]:
         head = self._chunk_head()
         said = [""] * self._request.n
         try:
@@ -359,8 +341,8 @@ class Exchange:
                 if len(told) > len(said[0]) and told.startswith(said[0]):
                     yield _event(head, [_delta(0, {"content": told[len(said[0]) :]})])
                     said[0] = told
-                text = await self._next(asking)
-            outcome, answer = asking.result()
+                text = await telling.next()
+            outcome, answer = telling.result
             for index, each in enumerate(_choices(outcome)):
                 rest = self._cut(each.text).removeprefix(said[index])
                 if rest or each.tokens:
@@ -372,7 +354,7 @@ class Exchange:
         except Exception as error:  # the status is sent: clients of this API look for an error among the events
             yield f"data: {json.dumps({'error': openai_error(as_service_error(error))})}\n\n"
         finally:
-            asking.cancel()
+            telling.cancel()
 
     def _chunk_head(self) -> dict[str, Any]:
         created = int(time.time())
@@ -385,7 +367,7 @@ class Exchange:
         if cut != text:
             return cut
         kept = max((len(stop) - 1 for stop in self._body.stops), default=0)
-        return text.rstrip("\ufffd")[: len(text) - kept]
+        return settled(text)[: len(text) - kept]
 
     def _cut(self, text: str) -> str:
         """The text before the first stop."""

@@ -165,7 +165,14 @@ def problem(error: ServiceError, scope: Scope) -> Response:
     if scope["path"].startswith(OPENAI_PATHS):
         body = json.dumps({"error": openai_error(error)})
         return Response(body, error.status, error.headers, media_type="application/json")
-    document = Problem(
+    document = problem_document(error, scope)
+    body = json.dumps(document.model_dump())
+    return Response(body, error.status, error.headers, media_type="application/problem+json")
+
+
+def problem_document(error: ServiceError, scope: Scope) -> Problem:
+    """An error met while serving `scope`, in the words of RFC 9457."""
+    return Problem(
         type=f"urn:servetune:problem:{error.code}",
         title=error.title,
         status=error.status,
@@ -175,5 +182,3 @@ def problem(error: ServiceError, scope: Scope) -> Response:
         param=error.param,
         request_id=scope.get("state", {}).get("request_id"),
     )
-    body = json.dumps(document.model_dump())
-    return Response(body, error.status, error.headers, media_type="application/problem+json")

@@ -3,26 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
+from functools import partial
 from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.openapi.docs import get_swagger_ui_html
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from fastapi.sse import format_sse_event
+from pydantic import BaseModel
 
 import servetune
 from servetune.adapters.versions import version_name
-from servetune.clients.types import Answer, Info
+from servetune.clients.types import Answer, Delta, Info
 from servetune.server.access import Principal, Require
 from servetune.server.bodies import MAX_IMAGES, parse_question
-from servetune.server.description import ASK_BODY, problems
-from servetune.server.errors import ServiceError
+from servetune.server.description import ASK_BODY, EVENTS, problems
+from servetune.server.errors import ServiceError, as_service_error, problem_document
 from servetune.server.middleware import VERSION_HEADER
 from servetune.server.service import Services
+from servetune.server.telling import Ask, Telling, settled
 
 T = TypeVar("T")
 LIVE_TIMEOUT_S = 10.0
 BUFFER_STATUS_TIMEOUT_S = 1.0
+STREAM = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # proxies pass on each event as it comes
 
 
 async def _services(request: Request) -> Services:  # async: a plain function would be run in a thread
@@ -43,22 +48,56 @@ async def asker(caller: UserDep, services: ServicesDep) -> Principal:
     return caller
 
 
-ASK_PROBLEMS = problems(401, 404, 409, 415, 422, 429, 503)
+ASK_REPLIES = EVENTS | problems(401, 404, 409, 415, 422, 429, 503)
 
 router = APIRouter()
 
 
-@router.post("/v1/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
-@router.post("/answer", response_model=Answer, responses=ASK_PROBLEMS, openapi_extra=ASK_BODY)
+@router.post("/v1/answer", response_model=Answer, responses=ASK_REPLIES, openapi_extra=ASK_BODY)
+@router.post("/answer", response_model=Answer, responses=ASK_REPLIES, openapi_extra=ASK_BODY)
 async def answer(
     request: Request, services: ServicesDep, caller: Annotated[Principal, Depends(asker)]
 ) -> Response:
     """Answer a question about an image: recognition with `candidate_labels`, otherwise VQA."""
     asked = await parse_question(request.headers, await request.body())
-    work = services.answers.answer(asked.request, asked.images, caller, request.state.request_id, asked.opted_out)
-    reply = await while_connected(request, work)
+    ask = partial(
+        services.answers.answer, asked.request, asked.images, caller, request.state.request_id, asked.opted_out
+    )
+    if asked.request.stream:
+        return await while_connected(request, _stream(request, ask))
+    reply = await while_connected(request, ask())
     headers = {VERSION_HEADER: reply.adapter.version}
     return Response(reply.model_dump_json(), headers=headers, media_type="application/json")
+
+
+async def _stream(request: Request, ask: Ask[Answer]) -> Response:
+    telling = Telling(ask)
+    events = _events(request, telling, await telling.begin())
+    return StreamingResponse(events, headers=STREAM, media_type="text/event-stream")
+
+
+async def _events(request: Request, telling: Telling[Answer], text: str | None) -> AsyncIterator[bytes]:
+    """`delta` with what is new, then `done` with the whole answer, or `error` with a problem document."""
+    said = ""
+    try:
+        while text is not None:
+            told = settled(text)
+            if told.startswith(said) and told != said:
+                yield _event("delta", Delta(text=told[len(said) :]))
+                said = told
+            text = await telling.next()
+        answer = telling.result.answer or ""
+        if answer.startswith(said) and answer != said:
+            yield _event("delta", Delta(text=answer[len(said) :]))
+        yield _event("done", telling.result)
+    except Exception as error:  # the status is sent
+        yield _event("error", problem_document(as_service_error(error), request.scope))
+    finally:
+        telling.cancel()
+
+
+def _event(kind: str, data: BaseModel) -> bytes:
+    return format_sse_event(event=kind, data_str=data.model_dump_json())
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:

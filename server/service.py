@@ -68,9 +68,10 @@ class AnswerService:
         caller: Principal,
         request_id: str,
         opted_out: bool = False,
+        listen: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer one request, as `ask` does."""
-        return self.wire(request, *await self.ask(request, images, caller, request_id, opted_out))
+        return self.wire(request, *await self.ask(request, images, caller, request_id, opted_out, None, listen))
 
     async def ask(
         self,

@@ -751,6 +751,64 @@ def test_the_history_is_read_with_the_users_key_or_the_only_one_there_is(ask):
         assert dict(server.requests[0].url.params) == {"limit": "5"}
 
 
+# --- an answer that grows ------------------------------------------------------------------------------
+
+
+def told(*parts, cut=False):
+    """Server-sent events of an answer; a dict that has an `answer` is the whole one."""
+    lines = []
+    for part in parts:
+        kind = "delta" if isinstance(part, str) else "done" if "answer" in part else "error"
+        data = {"text": part} if isinstance(part, str) else part
+        lines.append(f"event: {kind}\ndata: {json.dumps(data)}\n\n")
+    content = "".join(lines)
+    return httpx2.Response(200, content=(content[:-9] if cut else content).encode())
+
+
+def grown(ask, server, **options):
+    def collect(client):
+        if isinstance(client, Client):
+            return list(client.stream(b"\xff\xd8\xff", "what?", resize=False, **options))
+
+        async def gather():
+            return [part async for part in client.stream(b"\xff\xd8\xff", "what?", resize=False, **options)]
+
+        return gather()
+
+    return ask(server, collect)
+
+
+def test_an_answer_comes_in_parts_and_then_whole(ask):
+    server = Server(told("r", "ed", ANSWER))
+    *parts, answer = grown(ask, server, max_tokens=4, adapt=False)
+    assert [part.text for part in parts] == ["r", "ed"]
+    assert (answer.answer, answer.adapter.version) == ("red", "v0007")
+    body = json.loads(server.requests[0].content)
+    assert (body["stream"], body["max_tokens"], body["adapt"]) == (True, 4, False)
+
+
+def test_it_is_asked_again_only_while_nothing_was_heard(ask, pauses):
+    server = Server(problem(503, "queue_full"), httpx2.ReadError("cut"), told("red", ANSWER))
+    assert grown(ask, server)[-1].answer == "red"
+    assert len({request.headers["idempotency-key"] for request in server.requests}) == 1
+    assert len({request.content for request in server.requests}) == 1
+    server = Server(told("r", ANSWER, cut=True))
+    with pytest.raises(clients.APIError, match="broke off"):
+        grown(ask, server)
+    assert len(server.requests) == 1
+
+
+def test_what_goes_wrong_on_the_way_is_an_error(ask):
+    late = problem(503, "deadline_exceeded").json()
+    with pytest.raises(clients.InternalServerError) as error:
+        grown(ask, Server(told("r", late)))
+    assert error.value.code == "deadline_exceeded"
+    with pytest.raises(clients.NotFoundError):
+        grown(ask, Server(problem(404, "not_found")))
+    with pytest.raises(clients.APIError, match="does not read"):
+        grown(ask, Server(httpx2.Response(200, content=b"event: delta\ndata: 1\n\n")))
+
+
 # --- surface -----------------------------------------------------------------------------------------
 
 

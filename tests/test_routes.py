@@ -262,6 +262,70 @@ BODIES = [
 ]
 
 
+# --- an answer that grows ------------------------------------------------------------------------------
+
+
+def events(text: str) -> list[tuple[str, dict[str, Any]]]:
+    parts = [part.splitlines() for part in text.split("\n\n") if part]
+    return [(kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for kind, data in parts]
+
+
+async def test_an_answer_is_told_while_it_grows(world: World) -> None:
+    plain = (await world.ask()).json()
+    reply = await world.ask(stream=True)
+    assert reply.headers["content-type"].startswith("text/event-stream")
+    *deltas, (last, whole) = events(reply.text)
+    assert [kind for kind, _ in deltas] == ["delta", "delta"]
+    assert "".join(data["text"] for _, data in deltas) == whole["answer"] == "a thing"
+    assert last == "done"
+    assert whole["adaptation"]["status"] == "queued"
+    for one in (plain, whole):
+        for name in ("id", "created", "timings", "adaptation"):
+            del one[name]
+    assert plain == whole
+
+
+async def test_what_fails_before_the_first_word_is_an_ordinary_problem(world: World) -> None:
+    world.engine.text, world.engine.error = None, QueueFull()
+    check_problem(await world.ask(stream=True), 503, "queue_full")
+    check_problem(await world.ask(stream=True, adapter="v0099"), 503, "queue_full")
+    world.engine.error = None
+    check_problem(await world.ask(stream=True, adapter="nobody@live"), 404, "adapter_not_found")
+
+
+async def test_what_fails_later_is_told_among_the_events(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = world.engine.answer
+
+    async def breaks(*args: Any) -> Any:
+        args[-1]("a th")
+        await asyncio.sleep(0)
+        raise TimeoutError
+
+    monkeypatch.setattr(world.engine, "answer", breaks)
+    reply = await world.ask(stream=True)
+    assert reply.status_code == 200
+    (delta, told), (kind, problem) = events(reply.text)
+    assert (delta, told["text"], kind, problem["code"]) == ("delta", "a th", "error", "deadline_exceeded")
+    assert problem["request_id"] == reply.headers["x-request-id"]
+    assert not world.buffer.kept, "what was not answered teaches nothing"
+    monkeypatch.setattr(world.engine, "answer", answer)
+
+
+async def test_half_a_character_is_not_told(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = world.engine.answer
+
+    async def grows(query: Any, sampling: Any, choice: str, deadline: Any, listen: Any) -> Any:
+        for text in ("a \ufffd", "a \u00e9", "a \u00e9\ufffd", "a thing"):  # the last takes back what was told
+            listen(text)
+            await asyncio.sleep(0)
+        return await answer(query, sampling, choice)
+
+    monkeypatch.setattr(world.engine, "answer", grows)
+    told = events((await world.ask(stream=True)).text)
+    assert [data["text"] for kind, data in told if kind == "delta"] == ["a ", "\u00e9"]
+    assert told[-1][1]["answer"] == "a thing"
+
+
 @pytest.mark.parametrize(("body", "status", "code"), BODIES)
 async def test_broken_bodies_are_refused(world: World, body: bytes, status: int, code: str) -> None:
     reply = await world.client.post("/answer", content=body, headers={"Content-Type": "application/json"})
@@ -279,7 +343,7 @@ async def test_broken_bodies_are_refused(world: World, body: bytes, status: int,
         ({"adapter": "../canary"}, "adapter"),
         ({"image": {"url": 3, "x": "canary"}}, "image"),
         ({"image": None, "images": [{"data": "canary", "media_type": "image/gif"}]}, "images.0"),
-        ({"stream": True}, "stream"),
+        ({"stream": "canary"}, "stream"),
         ({"adapt": "canary"}, "adapt"),
         ({"adapt": None, "deadline_s": "canary"}, "deadline_s"),
         ({"adapt": "now", "deadline_s": 0}, "deadline_s"),

@@ -45,7 +45,12 @@ def test_an_image_has_three_forms(image):
         ({"image": IMAGE, "question": "q", "task": "recognition"}, "needs 'candidate_labels'"),
         ({"image": IMAGE, "candidate_labels": ["a", "b"], "n": 4}, "'n' is for VQA"),
         ({"image": IMAGE, "question": "q", "n": 4}, "needs a 'temperature'"),
-        ({"image": IMAGE, "question": "q", "stream": True}, "Input should be False"),
+        ({"image": IMAGE, "candidate_labels": ["a", "b"], "stream": True}, "'stream' is for one open answer"),
+        (
+            {"image": IMAGE, "question": "q", "n": 2, "temperature": 1, "stream": True},
+            "'stream' is for one open answer",
+        ),
+        ({"image": IMAGE, "question": "q", "adapt": "now", "stream": True}, "'stream' is for one open answer"),
         ({"image": IMAGE, "question": "q", "adapter": "../secret"}, "should match pattern"),
         ({"image": IMAGE, "question": "q", "adapter": "live\n"}, "should match pattern"),
     ],
