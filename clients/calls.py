@@ -8,12 +8,19 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from servetune.clients.admin import status, version_name
-from servetune.clients.errors import APIConnectionError, APITimeoutError, InternalServerError
+from servetune.clients.errors import (
+    APIConnectionError,
+    APIError,
+    APIStatusError,
+    APITimeoutError,
+    InternalServerError,
+    status_error,
+)
 from servetune.clients.growing import Growing
 from servetune.clients.images import ImageSource, encode
 from servetune.clients.replies import nothing, reads
 from servetune.clients.session import Call, Feed, Pause, Session, Steps
-from servetune.clients.types import Answer, Delta, Info
+from servetune.clients.types import Answer, BatchItem, BatchReply, Delta, Info
 
 
 def answer(
@@ -126,6 +133,53 @@ def recognize(
     return session.send(_ask(image, resize, fields, timeout, idempotency_key))
 
 
+def answer_batch(
+    session: Session,
+    questions: Sequence[Mapping[str, Any]],
+    *,
+    resize: bool = True,
+    timeout: float | None = None,
+    idempotency_key: str | None = None,
+) -> Steps[list[Answer | APIStatusError]]:
+    """Ask up to 256 questions in one request; each is answered by itself.
+
+    questions: for each, by name, the arguments of `answer` or, with `labels`, of `recognize`.
+    Gives the answers in their order; in place of one that failed, the error, which is not raised.
+    Raises ImageError before anything is sent, and APIError where the whole request fails.
+    """
+
+    def body() -> Mapping[str, Any]:
+        return {"requests": [_fields(each, resize) for each in questions]}
+
+    call = Call(
+        "POST",
+        "/v1/answer/batch",
+        reads(BatchReply),
+        body=body,
+        timeout=timeout,
+        idempotency_key=idempotency_key,
+    )
+    reply = yield from session.send(call)
+    return [each.answer or _failed(each) for each in reply.results]
+
+
+def _fields(question: Mapping[str, Any], resize: bool) -> dict[str, Any]:
+    """A question as it is sent."""
+    fields = {name: value for name, value in question.items() if name not in ("image", "labels")}
+    if "labels" in question:
+        fields["candidate_labels"] = list(question["labels"])
+    image = question.get("image")
+    if isinstance(image, list | tuple):
+        return {"images": [encode(each, resize=resize) for each in image], **fields}
+    return {"image": encode(image, resize=resize), **fields}  # type: ignore[arg-type]
+
+
+def _failed(item: BatchItem) -> APIStatusError:
+    if item.problem is None:
+        raise APIError("the reply has neither an answer nor a problem: is this a servetune server?")
+    return status_error(item.problem.status, {}, item.problem.model_dump_json().encode())
+
+
 def info(session: Session) -> Steps[Info]:
     """What is running: model, device, limits, version being served. Raises APIError."""
     return session.send(Call("GET", "/info", reads(Info)))
@@ -166,9 +220,7 @@ def _ask(
     idempotency_key: str | None,
 ) -> Call[Answer]:
     def body() -> Mapping[str, Any]:
-        if isinstance(image, list | tuple):
-            return {"images": [encode(each, resize=resize) for each in image], **fields}
-        return {"image": encode(image, resize=resize), **fields}  # type: ignore[arg-type]
+        return _fields({"image": image, **fields}, resize)
 
     return Call("POST", "/v1/answer", reads(Answer), body=body, timeout=timeout, idempotency_key=idempotency_key)
 

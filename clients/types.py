@@ -133,6 +133,12 @@ class AnswerRequest(Request):
         return self
 
 
+class BatchRequest(Request):
+    """Several questions, each answered by itself."""
+
+    requests: Annotated[list[AnswerRequest], Field(min_length=1, max_length=256)]
+
+
 class Delta(Result):
     """What is new of an answer that grows."""
 
@@ -396,6 +402,19 @@ class Problem(Result):
     code: str
     param: str | None = None
     request_id: str | None = None
+
+
+class BatchItem(Result):
+    """What became of one question of a batch: an answer, or why there is none."""
+
+    answer: Answer | None = None
+    problem: Problem | None = None
+
+
+class BatchReply(Result):
+    """One item for each question, in their order."""
+
+    results: list[BatchItem]
 
 
 class Info(Result):

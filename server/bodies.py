@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from servetune.clients.types import AnswerRequest, ImageInput
+from servetune.clients.types import AnswerRequest, BatchRequest, ImageInput
 from servetune.server.errors import ServiceError, invalid_request
 
 MAX_IMAGES = 8
@@ -46,6 +46,22 @@ async def parse_question(headers: Headers, body: bytes) -> Asked:
             raise ServiceError("unsupported_media_type", "Send application/json or multipart/form-data.")
     refuse_nul(asked.request)
     return replace(asked, opted_out=is_opted_out(headers))
+
+
+def parse_batch(headers: Headers, body: bytes) -> list[Asked]:
+    """Read the body of `POST /v1/answer/batch`, JSON alone. Raises ServiceError as `parse_question` does."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ServiceError("unsupported_media_type", "Send application/json.")
+    try:
+        batch = BatchRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from None
+    for request in batch.requests:
+        refuse_nul(request)
+        if request.stream:
+            raise _invalid("stream", "is for single questions")
+    opted_out = is_opted_out(headers)
+    return [Asked(request, request.images or [request.image or ""], opted_out) for request in batch.requests]
 
 
 def is_opted_out(headers: Headers) -> bool:

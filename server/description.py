@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from servetune.clients.types import AnswerRequest, Problem
+from servetune.clients.types import AnswerRequest, BatchRequest, Problem
 from servetune.server.bodies import MAX_IMAGES
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -74,6 +74,18 @@ ASK_BODY: dict[str, Any] = {
     },
     "parameters": [_ADAPT_HEADER],
 }
+BATCH_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "application/json": {
+                "schema": {"$ref": _REFERENCE.format(model="BatchRequest")},
+                "example": {"requests": [_EXAMPLE, _EXAMPLE]},
+            }
+        },
+    },
+    "parameters": [_ADAPT_HEADER],
+}
 CHAT_BODY: dict[str, Any] = {
     "requestBody": {"content": {"application/json": {"example": _CHAT_EXAMPLE}}},
     "parameters": [_ADAPT_HEADER],
@@ -86,7 +98,8 @@ def complete(document: dict[str, Any], keyed: Collection[str]) -> None:
     components = document.setdefault("components", {})
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     _, models = models_json_schema(
-        [(AnswerRequest, "validation"), (Problem, "serialization")], ref_template=_REFERENCE
+        [(AnswerRequest, "validation"), (BatchRequest, "validation"), (Problem, "serialization")],
+        ref_template=_REFERENCE,
     )
     schemas = components.setdefault("schemas", {})
     schemas |= models["$defs"]

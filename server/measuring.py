@@ -77,11 +77,16 @@ class Measured:
             self._count(asked, status, time.perf_counter() - began)
 
     def _count(self, asked: Asked, status: int, seconds: float) -> None:
-        outcome = asked.outcome or (BY_STATUS.get(status, "refused") if status >= 400 else "replayed")
-        self._metrics.requests.labels(asked.task, outcome, asked.adapter, asked.alias).inc()
-        if outcome in ("answered", "unparsed"):
-            self._metrics.duration.labels(asked.task).observe(seconds)
-            self._metrics.traffic.add(seconds)
+        asked.outcome = asked.outcome or (BY_STATUS.get(status, "refused") if status >= 400 else "replayed")
+        count(self._metrics, asked, seconds)
+
+
+def count(metrics: Metrics, asked: Asked, seconds: float) -> None:
+    """Count a question that took so long."""
+    metrics.requests.labels(asked.task, asked.outcome, asked.adapter, asked.alias).inc()
+    if asked.outcome in ("answered", "unparsed"):
+        metrics.duration.labels(asked.task).observe(seconds)
+        metrics.traffic.add(seconds)
 
 
 class MeasuredAnswers(AnswerService):
@@ -93,7 +98,18 @@ class MeasuredAnswers(AnswerService):
 
     async def ask(self, request: AnswerRequest, *args: Any, **kwargs: Any) -> tuple[Outcome, Adaptation]:
         """Answer one request, as `AnswerService` does."""
-        asked = _asked.get(Asked())
+        asked, began = _asked.get(None), time.perf_counter()
+        if asked is not None:
+            return await self._ask(asked, request, *args, **kwargs)
+        asked = Asked()  # one of a batch
+        try:
+            return await self._ask(asked, request, *args, **kwargs)
+        finally:
+            count(self._metrics, asked, time.perf_counter() - began)
+
+    async def _ask(
+        self, asked: Asked, request: AnswerRequest, *args: Any, **kwargs: Any
+    ) -> tuple[Outcome, Adaptation]:
         asked.task = "vqa" if request.candidate_labels is None else "recognition"
         asked.alias = _kind(chosen(request.adapter, "")[1])
         try:

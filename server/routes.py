@@ -15,10 +15,10 @@ from pydantic import BaseModel
 
 import servetune
 from servetune.adapters.versions import version_name
-from servetune.clients.types import Answer, Delta, Info
+from servetune.clients.types import Answer, BatchItem, BatchReply, Delta, Info
 from servetune.server.access import Principal, Require
-from servetune.server.bodies import MAX_IMAGES, parse_question
-from servetune.server.description import ASK_BODY, EVENTS, problems
+from servetune.server.bodies import MAX_IMAGES, Asked, parse_batch, parse_question
+from servetune.server.description import ASK_BODY, BATCH_BODY, EVENTS, problems
 from servetune.server.errors import ServiceError, as_service_error, problem_document
 from servetune.server.middleware import VERSION_HEADER
 from servetune.server.service import Services
@@ -49,6 +49,8 @@ async def asker(caller: UserDep, services: ServicesDep) -> Principal:
 
 
 ASK_REPLIES = EVENTS | problems(401, 404, 409, 415, 422, 429, 503)
+BATCH_REPLIES = problems(401, 409, 415, 422, 429, 503)
+BATCH_AT_ONCE = 8  # questions of one batch: others are to find a place in the queue too
 
 router = APIRouter()
 
@@ -68,6 +70,29 @@ async def answer(
     reply = await while_connected(request, ask())
     headers = {VERSION_HEADER: reply.adapter.version}
     return Response(reply.model_dump_json(), headers=headers, media_type="application/json")
+
+
+@router.post("/v1/answer/batch", response_model=BatchReply, responses=BATCH_REPLIES, openapi_extra=BATCH_BODY)
+async def batch(request: Request, services: ServicesDep, caller: Annotated[Principal, Depends(asker)]) -> Response:
+    """Answer several questions, a few at a time; what fails of them is told in its place."""
+    asked = await asyncio.to_thread(parse_batch, request.headers, await request.body())
+    answers, few = services.answers, asyncio.Semaphore(BATCH_AT_ONCE)
+
+    async def one(place: int, each: Asked) -> BatchItem:
+        async with few:
+            try:
+                if place:  # the first was counted with the request
+                    services.quota.admit(caller.id)
+                made = answers.answer(each.request, each.images, caller, request.state.request_id, each.opted_out)
+                return BatchItem(answer=await made)
+            except Exception as error:
+                return BatchItem(problem=problem_document(as_service_error(error), request.scope))
+
+    async def all_of_them() -> list[BatchItem]:
+        return await asyncio.gather(*(one(place, each) for place, each in enumerate(asked)))
+
+    reply = BatchReply(results=await while_connected(request, all_of_them()))
+    return Response(reply.model_dump_json(), media_type="application/json")
 
 
 async def _stream(request: Request, ask: Ask[Answer]) -> Response:

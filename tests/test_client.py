@@ -809,6 +809,23 @@ def test_what_goes_wrong_on_the_way_is_an_error(ask):
         grown(ask, Server(httpx2.Response(200, content=b"event: delta\ndata: 1\n\n")))
 
 
+# --- several questions ---------------------------------------------------------------------------------
+
+
+def test_a_batch_has_an_answer_or_an_error_for_each(ask):
+    late = problem(503, "queue_full").json()
+    server = Server(ok({"results": [{"answer": ANSWER}, {"problem": late}]}))
+    image = b"\xff\xd8\xff"
+    questions = [{"image": image, "question": "what?", "max_tokens": 3}, {"image": image, "labels": ("a", "b")}]
+    answer, error = ask(server, lambda c: c.answer_batch(questions, resize=False))
+    assert answer.answer == "red"
+    assert isinstance(error, clients.QueueFullError)
+    first, second = json.loads(server.requests[0].content)["requests"]
+    assert (first["question"], first["max_tokens"], second["candidate_labels"]) == ("what?", 3, ["a", "b"])
+    with pytest.raises(clients.APIError, match="neither"):
+        ask(Server(ok({"results": [{}]})), lambda c: c.answer_batch(questions, resize=False))
+
+
 # --- surface -----------------------------------------------------------------------------------------
 
 

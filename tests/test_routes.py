@@ -18,7 +18,7 @@ from starlette.testclient import TestClient
 
 from servetune.adapters.versions import CorruptVersion
 from servetune.clients.types import Answer, Problem
-from servetune.server import idempotency, middleware
+from servetune.server import idempotency, middleware, routes
 from servetune.server.errors import PROBLEMS
 from servetune.server.idempotency import Replies, Reply
 from servetune.server.ids import new_id
@@ -260,6 +260,54 @@ BODIES = [
     (b'{"image": "\\u0000", "question": "?"}', 422, "invalid_image"),
     (b'{"image": "aGk=", "question": "?"}', 415, "unsupported_image"),
 ]
+
+
+# --- several questions ---------------------------------------------------------------------------------
+
+
+async def post_batch(world: World, *requests: dict[str, Any]) -> httpx2.Response:
+    body = {"requests": [{"image": base64_png(), "question": "what?", **fields} for fields in requests]}
+    return await world.client.post("/v1/answer/batch", json=body)
+
+
+async def test_each_question_of_a_batch_is_answered_by_itself(world: World) -> None:
+    reply = await post_batch(
+        world, {"question": "one?"}, {"adapter": "v0099"}, {"candidate_labels": ["a", "b"], "question": None}
+    )
+    first, missing, third = reply.json()["results"]
+    assert (first["answer"]["answer"], first["problem"]) == ("a thing", None)
+    assert (missing["answer"], missing["problem"]["code"]) == (None, "adapter_not_found")
+    assert third["answer"]["task"] == "recognition"
+    assert len(world.buffer.kept) == 2
+    told = (await world.client.get("/metrics")).text
+    assert 'servetune_requests_total{adapter="default",alias="live",outcome="answered",task="vqa"} 1.0' in told
+
+
+async def test_a_batch_leaves_room_for_others(world: World) -> None:
+    world.engine.hold = asyncio.Event()
+    asking = asyncio.create_task(post_batch(world, *[{"question": f"{n}?"} for n in range(20)]))
+    await until(lambda: len(world.engine.asked) == routes.BATCH_AT_ONCE)
+    await asyncio.sleep(0.02)
+    assert len(world.engine.asked) == routes.BATCH_AT_ONCE
+    world.engine.hold.set()
+    results = (await asking).json()["results"]
+    assert all(each["answer"] for each in results)
+    assert len(results) == 20
+
+
+async def test_a_batch_is_checked_as_a_whole_before_it_is_asked(world: World) -> None:
+    check_problem(await post_batch(world, {}, {"top_k": 0}), 422, "invalid_request")
+    check_problem(await post_batch(world, {}, {"stream": True}), 422, "invalid_request")
+    check_problem(await post_batch(world, {}, {"question": "a\0b"}), 422, "invalid_request")
+    check_problem(await world.client.post("/v1/answer/batch", json={"requests": []}), 422, "invalid_request")
+    check_problem(await world.client.post("/v1/answer/batch", content=b"x"), 415, "unsupported_media_type")
+    assert not world.engine.asked
+
+
+async def test_every_question_of_a_batch_counts(tmp_path: Path) -> None:
+    world = World(tmp_path, requests_per_minute=12)  # two at once
+    results = (await post_batch(world, {}, {}, {})).json()["results"]
+    assert [each["problem"] and each["problem"]["code"] for each in results] == [None, None, "rate_limited"]
 
 
 # --- an answer that grows ------------------------------------------------------------------------------
