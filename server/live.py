@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from importlib.resources import files
 from typing import Annotated
 
@@ -102,8 +103,9 @@ async def events(
     """What happens to an adapter, as server-sent events: after `since` or `Last-Event-ID`, or from now on."""
     after = last_event_id or since or await services.history.newest(services.store.name)
     yield ServerSentEvent(retry=RECONNECT_MS, id=after)  # who is cut off before the first event goes on from here
-    async for event in watch.events(after, status, follow):
-        yield ServerSentEvent(data=event, event=event.kind, id=event.id)
+    async with aclosing(watch.events(after, status, follow)) as happened:
+        async for event in happened:
+            yield ServerSentEvent(data=event, event=event.kind, id=event.id)
 
 
 @router.get(
