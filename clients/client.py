@@ -45,7 +45,7 @@ class Client(_Options, Blocking):
 
     base_url: by default $SERVETUNE_BASE_URL, else http://127.0.0.1:8000.
     api_key, admin_key: by default $SERVETUNE_API_KEY and $SERVETUNE_ADMIN_KEY; the latter is sent only to
-        the routes of `adapters` and `adaptation`, which take no other.
+        the routes of `adapters` and `adaptation`, which take no other but for its events and series.
     timeout: seconds to wait for a reply. max_retries: attempts beyond the first, after a broken
         connection, 408, 429, 5xx or while an earlier attempt is in flight.
     transport: how bytes travel: `httpx2.MockTransport` in tests, an `httpx2.HTTPTransport` of one's own.

@@ -73,8 +73,8 @@ class Recorder:
     @classmethod
     def connect(cls, redis_url: str) -> Recorder:
         """A recorder on the Redis at `redis_url`, which need not be up."""
-        once = redis.retry.Retry(NoBackoff(), 0)
-        pool = redis.ConnectionPool.from_url(redis_url, retry=once, **TIMEOUTS)
+        again = redis.retry.Retry(NoBackoff(), 1)  # a connection that nobody used for long may be gone
+        pool = redis.ConnectionPool.from_url(redis_url, retry=again, **TIMEOUTS)
         return cls(redis.Redis.from_pool(pool))
 
     def record(self, adapter: str, kind: str, data: Mapping[str, Any]) -> None:
@@ -100,9 +100,9 @@ class History:
     @classmethod
     def connect(cls, redis_url: str) -> History:
         """The histories in the Redis at `redis_url`, which need not be up."""
-        once = redis.asyncio.retry.Retry(NoBackoff(), 0)
+        again = redis.asyncio.retry.Retry(NoBackoff(), 1)
         pool = redis.asyncio.BlockingConnectionPool.from_url(
-            redis_url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=once, **TIMEOUTS
+            redis_url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=again, **TIMEOUTS
         )
         return cls(redis.asyncio.Redis.from_pool(pool))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator
+from contextlib import aclosing
 from importlib.resources import files
 from typing import Annotated
 
@@ -108,8 +109,9 @@ async def events(
     """What happens to an adapter, as server-sent events: after `since` or `Last-Event-ID`, or from now on."""
     after = last_event_id or since or await services.history.newest(line.name)
     yield ServerSentEvent(retry=RECONNECT_MS, id=after)  # who is cut off before the first event goes on from here
-    async for event in watches.of(line).events(after, status, follow):
-        yield ServerSentEvent(data=event, event=event.kind, id=event.id)
+    async with aclosing(watches.of(line).events(after, status, follow)) as happened:
+        async for event in happened:
+            yield ServerSentEvent(data=event, event=event.kind, id=event.id)
 
 
 @router.get("/v1/adaptation/series", tags=["adaptation"], responses=problems(401, 404, 422, 503))

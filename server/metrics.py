@@ -67,7 +67,7 @@ class Reading:
 
 
 class Traffic:
-    """Requests answered in the last minute. Tells how many a second, and how long half and nearly all took."""
+    """Requests answered in the last minute."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -75,9 +75,11 @@ class Traffic:
         self._done: deque[tuple[float, float]] = deque(maxlen=20_000)
 
     def add(self, seconds: float) -> None:
+        """Note an answer that took so long."""
         self._done.append((self._clock(), seconds))
 
     def summary(self) -> dict[str, float | None]:
+        """Answers a second, and the median and the 95th percentile of their seconds; None without any."""
         now = self._clock()
         while self._done and self._done[0][0] < now - WINDOW_S:
             self._done.popleft()
@@ -202,7 +204,7 @@ class _Truth(Collector):
             "servetune_adapter_info", "The version served", labels=["adapter", "version", "alias", "digest"]
         )
         leases = GaugeMetricFamily(
-            "servetune_adapter_leases", "Requests that hold a version", labels=["adapter", "version"]
+            "servetune_adapter_leases", "Leases of a version", labels=["adapter", "version"]
         )
         for reading in self.readings:
             status = reading.status

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from typing import Any
 
@@ -64,7 +64,7 @@ class Watch:
         self._taking = asyncio.Lock()
         line.engine.on_swap = self._note_swap
 
-    async def events(self, since: str, status: bool, follow: bool) -> AsyncIterator[Event]:
+    async def events(self, since: str, status: bool, follow: bool) -> AsyncGenerator[Event, None]:
         """What happened after the event with id `since` and, to who follows, what happens from then on.
 
         Ends when the server begins to end. While Redis is down nothing comes, and nothing is missed.

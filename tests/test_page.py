@@ -260,7 +260,10 @@ def test_a_version_opens_with_what_changed(visit: Visit) -> None:
     visit.see("#detail", "The manifest is shown with the admin key")
     page.keyboard.press("Escape")
     playwright.expect(page.locator("#detail")).to_be_hidden()
-    visit.see("#marks li[data-kind=verdict]", "candidate refused")
+    visit.see("#marks li[data-kind=verdict]", "candidate refused").locator("button").click()
+    visit.see("#detail", "kl_step 0.412 is above 0.3")
+    assert "null" not in page.locator("#detail").inner_text()
+    page.keyboard.press("Escape")
     served = page.locator("#marks li[data-kind=publish] .more").first.inner_text()
     assert "served" in served, "a swap is told with what it is of"
 

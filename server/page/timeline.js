@@ -61,30 +61,31 @@ export class Timeline {
 
   /** Open what is known of an event and, where it is about a version, of that. */
   async show(event, title) {
-    const body = $("detail-body");
+    const { reasons, version, metrics } = event.data;
+    const told = [facts({ Time: moment(event.time), Why: reasons?.join("; ") })];
+    if (event.kind === "verdict") told.push(difference("Gate", metrics, {}, "candidate", null));
+    const body = el("div", {}, ...told); // what is asked for may come when another event is open
     $("detail-title").textContent = title;
-    body.replaceChildren(facts({ Time: moment(event.time), Why: event.data.reasons?.join("; ") || null }));
+    $("detail-body").replaceChildren(body);
     $("detail").showModal();
-    const version = event.data.version;
-    if (version) await this.describe(version, body);
-    else if (event.kind === "verdict") body.append(difference("Gate", event.data.metrics, {}, "this candidate", null));
+    if (version) body.append(...(await this.describe(version)).filter(Boolean));
   }
 
-  async describe(version, body) {
+  async describe(version) {
     const made = await this.about(version);
-    if (!made) {
-      body.append(el("p", { className: "notice" }, "More is known with the admin key."));
-      return;
-    }
+    if (!made) return [el("p", { className: "notice" }, "More is known with the admin key.")];
     const other = made.parent && made.parent !== version ? made.parent : null;
     const before = (other && (await this.about(other))) || {};
-    body.append(
+    const manifest = made.origin
+      ? el("details", {}, el("summary", {}, "Manifest"), el("pre", { tabindex: "0" }, JSON.stringify(made, null, 2)))
+      : el("p", { className: "notice" }, "The manifest is shown with the admin key.");
+    return [
       facts({ Parent: made.parent, Queries: made.num_queries, Steps: made.step_range?.join(" to "), Origin: made.origin,
         Label: made.label, Rank: made.rank, Temperature: made.temperature, Digest: made.digest }),
       difference("Steps", made.metrics, before.metrics, version, other),
-      difference("Gate", gate(made), gate(before), version, other));
-    if (made.origin) body.append(el("details", {}, el("summary", {}, "Manifest"), el("pre", { tabindex: "0" }, JSON.stringify(made, null, 2))));
-    else body.append(el("p", { className: "notice" }, "The manifest is shown with the admin key."));
+      difference("Gate", gate(made), gate(before), version, other),
+      manifest,
+    ];
   }
 
   /** The manifest with the admin key, else what its publication told. */
