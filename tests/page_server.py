@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import sys
 import threading
 from pathlib import Path
@@ -18,19 +17,7 @@ from servetune.clients.types import WorkerStatus
 from servetune.server.history import History, Recorder
 from servetune.server.main import _Server
 from servetune.server.protocol import TimelyProtocol
-from tests.fakes import USER_KEY, World
-
-
-def main(home: str, port: str, redis_url: str) -> None:
-    """Serve until told to end."""
-    history = History.connect(redis_url)
-    keys = (USER_KEY,) if "KEYED" in os.environ else ()
-    world = World(Path(home), history=history, user_keys=keys)
-    world.buffer.worker = WorkerStatus(state="idle", version="v0002", steps=48, last_verdict=VERDICT)
-    config = uvicorn.Config(world.app, http=TimelyProtocol, port=int(port), log_level="error")
-    threading.Thread(target=listen, args=(redis_url,), daemon=True).start()
-    asyncio.run(_Server(config, None, history).serve())
-
+from tests.fakes import World
 
 VERDICT = {
     "accepted": False,
@@ -38,6 +25,16 @@ VERDICT = {
     "reasons": ["kl_step 0.412 is above 0.3"],
     "metrics": {"kl_step": 0.412, "kl_base": 0.6, "valid": 1.0},
 }
+
+
+def main(home: str, port: str, redis_url: str) -> None:
+    """Serve until told to end."""
+    history = History.connect(redis_url)
+    world = World(Path(home), history=history)
+    world.buffer.worker = WorkerStatus(state="idle", version="v0002", steps=48, last_verdict=VERDICT)
+    config = uvicorn.Config(world.app, http=TimelyProtocol, port=int(port), log_level="error")
+    threading.Thread(target=listen, args=(redis_url,), daemon=True).start()
+    asyncio.run(_Server(config, None, history).serve())
 
 
 def listen(redis_url: str) -> None:
