@@ -12,10 +12,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import uvicorn
 
-from tests.fakes import ADMIN_KEY, USER_KEY, World
+from tests.fakes import ADMIN, ADMIN_KEY, USER_KEY, World
 from tests.redis_servers import eventually, running
 from tests.test_live import free_port, serving
 
@@ -114,7 +115,7 @@ class Visit:
         page.set_default_timeout(WITHIN_MS)
         page.on("console", lambda message: message.type == "error" and self.complaints.append(message.text))
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        page.on("request", lambda request: self._check(request.url, url))
+        page.on("request", lambda request: self._check(request.url, url.partition("?")[0]))
         page.goto(url)
 
     def _check(self, asked: str, home: str) -> None:
@@ -153,6 +154,42 @@ def visiting(browser: Any, url: str, **options: Any) -> Iterator[Visit]:
             assert made.complaints == []
     finally:
         context.close()
+
+
+# --- another adapter -----------------------------------------------------------------------------------
+
+
+def test_the_page_of_another_adapter_is_about_it_alone(browser: Any, site: Site) -> None:
+    made = httpx2.post(f"{site.url}v1/adapters", json={"name": "camera-7"}, headers=ADMIN)
+    assert made.status_code in (201, 409)
+    with visiting(browser, f"{site.url}?adapter=camera-7") as visit:
+        visit.see("#connection", "live")
+        visit.see("#what", "camera-7")
+        visit.see("#empty", "Nothing was learned yet")
+        visit.page.set_input_files("#image", PICTURE)
+        visit.page.fill("#labels", "airplane, rocket")
+        visit.page.click("#submit")
+        assert visit.see("[data-fact=version]").inner_text() == "v0000"
+        playwright.expect(visit.page.locator("#which")).to_be_hidden()
+        visit.unlock()
+        assert visit.see("#which").input_value() == "camera-7"
+        visit.page.click("[data-act=pause]")
+        visit.page.click("#confirm-yes")
+        visit.see("[data-act=resume]")
+        paused = {
+            name: httpx2.get(f"{site.url}v1/adaptation?adapter={name}", headers=ADMIN).json()["paused"]
+            for name in ("default", "camera-7")
+        }
+        assert paused == {"default": False, "camera-7": True}
+        visit.page.select_option("#which", "default")
+        visit.see("#what", "default")
+        playwright.expect(visit.page.locator("#empty")).to_be_hidden(timeout=WITHIN_MS)
+
+
+def test_an_adapter_that_is_not_there_is_told(browser: Any, site: Site) -> None:
+    with visiting(browser, f"{site.url}?adapter=nobody") as visit:
+        visit.may_fail = True  # the browser complains of what it is refused
+        visit.see("#connection", "no such adapter")
 
 
 # --- try it ------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 // What an operator may do: each act is confirmed, and what can be taken back is offered to be.
 
-import { admin, key, Problem } from "./api.js";
+import { about, admin, key, Problem } from "./api.js";
 import { $, el, moment } from "./dom.js";
 
 const NAME = "[a-z0-9][a-z0-9._\\-]{0,63}";
@@ -25,7 +25,7 @@ export class Acts {
     let why = null;
     if (key("admin")) {
       try {
-        const status = await admin("v1/adaptation");
+        const status = await admin(about("v1/adaptation"));
         this.see({ mode: status.paused ? "paused" : "" });
         allowed = true;
       } catch (error) {
@@ -105,7 +105,7 @@ export class Acts {
   // --- parts --------------------------------------------------------------------------------------
 
   async setPaused(paused) {
-    const status = await admin(`v1/adaptation/${paused ? "pause" : "resume"}`, { method: "POST", body: {} });
+    const status = await admin(about(`v1/adaptation/${paused ? "pause" : "resume"}`), { method: "POST", body: {} });
     this.pausedIs(status.paused);
   }
 

@@ -5,6 +5,15 @@ const FIRST_DELAY = 500;
 const MOST_DELAY = 4000;
 const SILENCE = 15000; // how things stand is told every two seconds
 
+/** The adapter that the page is about; "" for the server's own. */
+export const chosen = new URLSearchParams(location.search).get("adapter") ?? "";
+
+/** A path about that adapter. */
+export function about(path) {
+  if (!chosen) return path;
+  return `${path}${path.includes("?") ? "&" : "?"}adapter=${encodeURIComponent(chosen)}`;
+}
+
 /** A refusal, in the server's words. */
 export class Problem extends Error {
   constructor(status, document) {
@@ -64,7 +73,7 @@ const nextKeys = () => new Promise((resolve) => changed.addEventListener("keys",
 /**
  * Follow what happens, for ever: through lost connections, restarts of the server, and until a key is given.
  *
- * `onState` is told "live", "lost" or "locked", and `load` is awaited until it once succeeds: it reads what happened
+ * `onState` is told "live", "lost", "locked" or, in the end, "missing", and `load` is awaited until it once succeeds: it reads what happened
  * before and returns the id of the last event of it, or "" to go on without.
  */
 export async function follow(load, onEvent, onState) {
@@ -84,6 +93,10 @@ export async function follow(load, onEvent, onState) {
         await nextKeys();
         continue;
       }
+      if (error.code === "adapter_not_found") {
+        onState("missing");
+        return;
+      }
     }
     onState("lost");
     await sleep(delay * (0.75 + 0.25 * Math.random()));
@@ -101,7 +114,7 @@ async function listen(last, onEvent, onOpen) {
   };
   heard();
   try {
-    const response = await fetch("v1/adaptation/events?status=true", {
+    const response = await fetch(about("v1/adaptation/events?status=true"), {
       headers: { ...authorization(false), ...(last ? { "Last-Event-ID": last } : {}) },
       signal: silence.signal,
       cache: "no-store",

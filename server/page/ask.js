@@ -1,6 +1,6 @@
 // Try it: an image, a question or labels, and what the server makes of them.
 
-import { request } from "./api.js";
+import { chosen, request } from "./api.js";
 import { $, duration, el, percent } from "./dom.js";
 
 const SIDE = 2048; // pixels; the server reads no more
@@ -79,7 +79,7 @@ async function ask() {
   for (const label of choices) form.append("candidate_labels", label);
   form.append("top_k", choices.length ? "5" : "3");
   form.append("adapt", $("adapt").checked ? "true" : "false");
-  form.append("adapter", $("adapter").value);
+  form.append("adapter", chosen ? `${chosen}@${$("adapter").value}` : $("adapter").value);
   $("submit").disabled = true;
   try {
     place.replaceChildren(...shown(await request("v1/answer", { method: "POST", form })));

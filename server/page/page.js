@@ -1,14 +1,14 @@
 // The live page: one series route for what was, one stream of events for what happens.
 
 import { Acts } from "./act.js";
-import { follow, key, onKeys, Problem, request, setKeys } from "./api.js";
+import { about, admin, chosen, follow, key, onKeys, Problem, request, setKeys } from "./api.js";
 import { prepareAsking } from "./ask.js";
 import { LearningCharts, ServingCharts } from "./charts.js";
 import { $, duration, durations, el, number, percent, say } from "./dom.js";
 import { Timeline } from "./timeline.js";
 
 const MODES = { learning: "learning", paused: "paused", absent: "no worker", degraded: "degraded" };
-const CONNECTION = { live: "live", lost: "reconnecting…", locked: "a key is needed" };
+const CONNECTION = { live: "live", lost: "reconnecting…", locked: "a key is needed", missing: "no such adapter" };
 const ROWS = 20;
 
 const axis = () => document.querySelector("input[name=axis]:checked").value;
@@ -25,11 +25,13 @@ let newest = "0-0"; // id of the last event that is shown
 /** Read what happened so far; the id of the last event. */
 async function load() {
   const info = await request("info");
-  say($("what"), `${info.adapter} · ${info.model}`);
-  document.title = `${info.adapter} · servetune`;
-  acts.adapter = timeline.adapter = info.adapter;
+  const adapter = chosen || info.adapter;
+  say($("what"), `${adapter} · ${info.model}`);
+  document.title = `${adapter} · servetune`;
+  acts.adapter = timeline.adapter = adapter;
+  showAdapters(adapter).catch(() => {}); // without them one sees this one
   try {
-    const series = await request("v1/adaptation/series?limit=5000");
+    const series = await request(about("v1/adaptation/series?limit=5000"));
     learning.clear();
     timeline.clear();
     learning.load(series.columns);
@@ -131,6 +133,24 @@ function showNumbers() {
     el("tbody", {}, rows.map((row) => el("tr", {}, row.map((value) => el("td", {}, value))))));
 }
 
+// --- other adapters --------------------------------------------------------------------------------
+
+/** A choice of all adapters, for whoever may list them and where there are several. */
+async function showAdapters(shown) {
+  const which = $("which");
+  which.hidden = true;
+  if (!key("admin")) return;
+  const { data } = await admin("v1/adapters?limit=200");
+  const names = data.map((each) => each.name);
+  which.replaceChildren(...names.map((name) => el("option", { value: name }, name)));
+  which.value = shown;
+  which.hidden = names.length < 2;
+}
+
+$("which").addEventListener("change", () => {
+  location.search = new URLSearchParams({ adapter: $("which").value });
+});
+
 // --- keys ------------------------------------------------------------------------------------------
 
 function askKeys(first) {
@@ -147,7 +167,10 @@ $("keys").addEventListener("close", () => {
 });
 $("open-keys").addEventListener("click", () => askKeys($("user-key")));
 $("unlock").addEventListener("click", () => askKeys($("admin-key")));
-onKeys(() => acts.unlock());
+onKeys(() => {
+  acts.unlock();
+  showAdapters(acts.adapter).catch(() => {});
+});
 
 // --- the rest --------------------------------------------------------------------------------------
 
