@@ -154,6 +154,12 @@ class AdapterStore:
         """Is learning switched off by the operator?"""
         return self._pause_mark.exists()
 
+    def fits(self, config: Mapping[str, Any], base_digest: str) -> bool:
+        """Whether its versions are of this base model and shape. Raises UnknownVersion, CorruptVersion."""
+        made = self.manifest(BASE)
+        wanted = (base_digest, config["r"], config["target_modules"])
+        return (made.base_digest, made.rank, made.target_modules) == wanted
+
     # --- writing -------------------------------------------------------------------------------------
 
     def initialise(
@@ -175,9 +181,7 @@ class AdapterStore:
                 self._write_aliases(
                     {"aliases": {"live": BASE, "last-good": BASE}, "generation": 1, "promoted": [BASE]}
                 )
-        made = self.manifest(BASE)
-        wanted = (base_digest, config["r"], config["target_modules"])
-        if (made.base_digest, made.rank, made.target_modules) != wanted:
+        if not self.fits(config, base_digest):
             raise ForeignStore(
                 f"adapter {self.name!r} in {self.folder} was made for another base model or adapter shape: "
                 "choose another --adapter name, or another home"

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.versions import NameTaken
+from servetune.adapters.versions import ForeignStore, NameTaken
 from servetune.server.buffer import QueryBuffer
 from servetune.server.engine import Engine
 from servetune.server.errors import ServiceError
@@ -106,7 +106,10 @@ class Lines:
         """A new adapter, which changes nothing yet. Raises NameTaken."""
         if name in await self.names():
             raise NameTaken("there is an adapter of that name: choose another")
-        await self._open_line(name)
+        try:
+            await self._open_line(name)
+        except ForeignStore:
+            raise NameTaken("there is an adapter of that name for another model: choose another") from None
         await self._share()
         return self._open[name]
 

@@ -12,6 +12,7 @@ from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.sharing import share_weights
 from servetune.adapters.store import AdapterStore
+from servetune.adapters.versions import StoreError
 from servetune.nano import WEIGHTS
 from servetune.server.settings import Settings
 from servetune.server.valkey import try_lock
@@ -71,10 +72,20 @@ class Stores:
         self._root = settings.path("store", "x").parent
         policy.use(None)
         self._zero = policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe()
+        self._fit: dict[str, bool] = {}  # what a folder is for never changes
 
     def names(self) -> list[str]:
-        """All adapters there are, in order."""
-        return sorted(path.parent.name for path in self._root.glob("*/aliases.json"))
+        """The adapters there are for this model, in order; a home may hold those of others as well."""
+        return sorted(name for path in self._root.glob("*/aliases.json") if self._fits(name := path.parent.name))
+
+    def _fits(self, name: str) -> bool:
+        if name not in self._fit:
+            _, config, base_digest, _ = self._zero
+            try:
+                self._fit[name] = self.at(name).fits(config, base_digest)
+            except StoreError:  # damaged: who asks for it is to hear that
+                return True
+        return self._fit[name]
 
     def at(self, adapter: str) -> AdapterStore:
         """An adapter's store, as it is."""

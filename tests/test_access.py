@@ -103,7 +103,18 @@ def paths(world: World) -> list[tuple[str, str]]:
     """A request for each route; POST where that is what it takes."""
     declared = [path.replace("{model:path}", "default") for path, _ in declared_scopes(world.app)]
     filled = [path.format(name="default", version="live", file="page.js") for path in declared]
-    acts = ("answer", "completions", "snapshot", "promote", "rollback", "reset", "pause", "resume", "erase")
+    acts = (
+        "answer",
+        "batch",
+        "completions",
+        "snapshot",
+        "promote",
+        "rollback",
+        "reset",
+        "pause",
+        "resume",
+        "erase",
+    )
     return [("POST" if path.endswith(acts) else "GET", path) for path in filled]
 
 

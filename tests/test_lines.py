@@ -15,13 +15,14 @@ from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Sampling
-from servetune.adapters.versions import version_name
+from servetune.adapters.versions import ForeignStore, version_name
 from servetune.server.answering import Answering
 from servetune.server.engine import Engine, Outcome
+from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.stage import SLOTS, QueueFull, Stage
 from tests.conftest import query
-from tests.fakes import ADMIN, USER, USER_KEY, World, learn, png
+from tests.fakes import ADMIN, USER, USER_KEY, ZERO, World, learn, png
 from tests.test_engine import LABELS, publish
 
 ANN_KEY = "stu_annkey.aaaaaaaaaaaaaaaaaaaaaaaa"
@@ -175,6 +176,12 @@ async def test_what_one_erases_another_keeps(world: World) -> None:
     assert (gone["withdrawn"], kept in world.buffer.others["bob"].kept) == (1, False)
 
 
+async def test_a_name_that_another_model_uses_is_taken(world: World) -> None:
+    AdapterStore(world.settings.home / "store", "theirs").initialise(*ZERO[:2], "sha256:another", ZERO[3])
+    reply = await admin(world, "POST", "/v1/adapters", json={"name": "theirs"})
+    assert (reply.status_code, reply.json()["code"]) == (409, "name_taken")
+
+
 @pytest.mark.parametrize("name", ["UPPER", "../up", "a/b", "", "a" * 65, ".hidden", "a@b"])
 async def test_a_name_that_is_none_makes_nothing(world: World, name: str) -> None:
     assert (await admin(world, "POST", "/v1/adapters", json={"name": name})).status_code == 422
@@ -315,3 +322,20 @@ async def test_one_that_nobody_has_asked_for_long_is_looked_at_before_it_answers
     assert (await two.ask(0)).version == 1, "looked at a moment ago"
     monkeypatch.setattr(engine, "_looked", engine._looked - 1000)
     assert (await two.ask(0)).version == 2
+
+
+# --- homes with adapters of other models ---------------------------------------------------------------
+
+
+def test_an_adapter_of_another_model_is_none_of_ours(policy: Policy, tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path)
+    stores = Stores(settings, policy)
+    stores.open("ours")
+    other = stores.at("theirs")
+    other.initialise(policy.zero_weights(), policy.peft_config(), "sha256:another", policy.probe())
+    damaged = stores.open("damaged").folder / "v0000" / "manifest.json"
+    assert stores.names() == ["damaged", "ours"]
+    damaged.write_text("{}")
+    assert Stores(settings, policy).names() == ["damaged", "ours"], "who asks for it hears what is wrong"
+    with pytest.raises(ForeignStore):
+        stores.open("theirs")

@@ -222,7 +222,8 @@ class Stand:
             yield stand
         finally:
             with suppress(TimeoutError):
-                stand.do(stand.engine.stop())
+                stand.engine.stop()
+                stand.do(stand.engine.stage.stop())
             loop.call_soon_threadsafe(loop.stop)
 
     def start(self, work: Coroutine[Any, Any, T]) -> Future[T]:
@@ -352,8 +353,8 @@ def no_cache_is_stale(trial: Trial) -> Found:
             versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
             cold = {}
             for version in versions:
-                cold = Settings(home=trial.folder, prompt_cache_bytes=0, swap_poll_s=3600)
-                fresh = Engine(Stage(policy, cold), store, cold)
+                forgetful = Settings(home=trial.folder, prompt_cache_bytes=0, swap_poll_s=3600)
+                fresh = Engine(Stage(policy, forgetful), store, forgetful)
                 await fresh.start()
                 for number, one in enumerate(probes()):
                     cold[version, number] = await fresh.answer(one, GREEDY, f"v{version:04d}")
