@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import statistics
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Iterator
@@ -151,20 +152,20 @@ def swaps_cost_little(trial: Trial) -> Found:
 @promise("S4", "nothing grows with the number of swaps")
 def nothing_grows(trial: Trial) -> Found:
     """Memory, open files and resident sets of weights over swap after swap, after some to warm up."""
-    warm_up, swaps = trial.times(100, 200), trial.times(500, 5000)
+    warm_up, swaps = trial.times(100, 200), trial.times(200, 1700)
 
     async def measure() -> tuple[float, int, int]:
         async with engine(trial) as (made, policy, store):
             versions = [publish(policy, store, seed) for seed in range(VERSIONS)]
             await grow(made, store, versions, warm_up)
             files = _open_files()
-            slope_kb = await grow(made, store, versions, swaps)
+            # A leak is in all three; once in a while the allocator takes some more for good.
+            slope_kb = statistics.median([await grow(made, store, versions, swaps) for _ in range(3)])
             return slope_kb, _open_files() - files, len(made.residency()[0]) - 1
 
     slope_kb, files, resident = asyncio.run(measure())
-    figure = (
-        f"{slope_kb:.2f} kB a swap over {swaps}, {files:+} open files, {resident} sets of weights beside the base"
-    )
+    figure = f"{slope_kb:.2f} kB a swap over 3 times {swaps}, {files:+} open files, "
+    figure += f"{resident} sets of weights beside the base"
     return Found(slope_kb <= 2 and files <= 0 and resident <= len(SLOTS), figure)
 
 
