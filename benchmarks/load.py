@@ -11,10 +11,13 @@ import base64
 import io
 import itertools
 import json
+import queue
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -25,6 +28,8 @@ from benchmarks.servers import Server
 
 QUESTION = "what is the answer in this image?"
 TOKENS = 5
+PAUSE_S = 0.05  # of a client that was refused
+AHEAD = 64  # questions made before they are asked
 JSON = {"Content-Type": "application/json"}
 SIDES = {"nano": 96, "mid": 448}
 """Sides of the pictures that a model is asked about, in pixels."""
@@ -77,17 +82,19 @@ def pictures(side: int) -> Iterator[str]:
 
 
 async def closed_loop(server: Server, images: Iterator[str], clients: int, seconds: float) -> Load:
-    """Every client asks again when it has its answer."""
+    """Every client asks again when it has its answer, or a moment after it was refused."""
     made = Load()
-    began = time.perf_counter()
+    with _ahead(_body(server, image) for image in images) as bodies:
+        began = time.perf_counter()
 
-    async def client(http: aiohttp.ClientSession) -> None:
-        while time.perf_counter() - began < seconds:
-            await _ask(server, http, _body(server, next(images)), made)
+        async def client(http: aiohttp.ClientSession) -> None:
+            while time.perf_counter() - began < seconds:
+                if not await _ask(server, http, next(bodies), made):
+                    await asyncio.sleep(PAUSE_S)
 
-    async with _http(clients) as http:
-        await asyncio.gather(*(client(http) for _ in range(clients)))
-    made.spent_s = time.perf_counter() - began
+        async with _http(clients) as http:
+            await asyncio.gather(*(client(http) for _ in range(clients)))
+        made.spent_s = time.perf_counter() - began
     return made
 
 
@@ -97,14 +104,41 @@ async def open_loop(server: Server, images: Iterator[str], per_s: float, seconds
     An answer's time counts from when its question was due, so a sender that lags hides nothing.
     """
     made, rng = Load(), random.Random(seed)
-    began = due = time.perf_counter()
-    async with _http(4096) as http, asyncio.TaskGroup() as asking:
-        while (due := due + rng.expovariate(per_s)) - began < seconds:
-            body = _body(server, next(images))
-            await asyncio.sleep(max(0.0, due - time.perf_counter()))
-            asking.create_task(_ask(server, http, body, made, due))
+    with _ahead(_body(server, image) for image in images) as bodies:
+        began = due = time.perf_counter()
+        async with _http(4096) as http, asyncio.TaskGroup() as asking:
+            while (due := due + rng.expovariate(per_s)) - began < seconds:
+                body = next(bodies)
+                await asyncio.sleep(max(0.0, due - time.perf_counter()))
+                asking.create_task(_ask(server, http, body, made, due))
     made.spent_s = max(seconds, time.perf_counter() - began)
     return made
+
+
+@contextmanager
+def _ahead(bodies: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
+    """The same, made by a thread before they are needed: all clients of a batch may want the next at once."""
+    made: queue.Queue[bytes] = queue.Queue(AHEAD)
+    done = threading.Event()
+
+    def make() -> None:
+        for body in bodies:
+            while not done.is_set():
+                try:
+                    made.put(body, timeout=0.1)
+                    break
+                except queue.Full:
+                    pass
+            if done.is_set():
+                return
+
+    maker = threading.Thread(target=make, daemon=True)
+    maker.start()
+    try:
+        yield iter(made.get, None)
+    finally:
+        done.set()
+        maker.join()
 
 
 def _http(connections: int) -> aiohttp.ClientSession:
@@ -118,7 +152,8 @@ def _body(server: Server, image: str) -> bytes:
 
 async def _ask(
     server: Server, http: aiohttp.ClientSession, body: bytes, made: Load, asked: float | None = None
-) -> None:
+) -> bool:
+    """Whether there was an answer."""
     asked = time.perf_counter() if asked is None else asked
     try:
         async with http.post(server.url, data=body, headers=JSON) as reply:
@@ -132,3 +167,4 @@ async def _ask(
     else:
         made.refused[status] += 1
         made.refused_times.append(spent)
+    return status == 200
