@@ -13,6 +13,7 @@ COPY server server
 COPY adapters adapters
 COPY clients clients
 COPY nano nano
+COPY evals evals
 # hadolint ignore=DL3013
 RUN pip install --no-cache-dir '.[server]'
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from platformdirs import user_data_path
-from pydantic import Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr
 from pydantic_settings import (
     BaseSettings,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -132,6 +133,12 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls)
 
+    @classmethod
+    def origins(cls) -> dict[str, str]:
+        """Where a setting that nobody gave as a flag comes from; those not named here are defaults."""
+        toml = dict.fromkeys(TomlConfigSettingsSource(cls)(), "servetune.toml")
+        return toml | dict.fromkeys(EnvSettingsSource(cls)(), "environment")
+
     def path(self, *parts: str) -> Path:
         """A path below the home, whose folders are private to the user."""
         target = self.home.joinpath(*parts)
@@ -141,3 +148,21 @@ class Settings(BaseSettings):
     def without_secrets(self) -> dict[str, Any]:
         """The resolved settings, fit to print."""
         return self.model_dump(mode="json", exclude=SECRETS)
+
+
+class Setting(BaseModel):
+    """One setting as it is resolved."""
+
+    setting: str
+    value: Any
+    source: str
+
+
+def resolved(**flags: Any) -> list[Setting]:
+    """All settings, and where each comes from. Of secrets only whether there are any."""
+    settings, origins = Settings(**flags), Settings.origins() | dict.fromkeys(flags, "flag")
+    values = settings.without_secrets() | {name: bool(getattr(settings, name)) for name in SECRETS}
+    return [
+        Setting(setting=name, value=values[name], source=origins.get(name, "default"))
+        for name in Settings.model_fields
+    ]

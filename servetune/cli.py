@@ -6,6 +6,7 @@ import importlib
 import itertools
 import json
 import sys
+from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +14,10 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from pydantic import ValidationError
+from rich.live import Live
 
 import servetune
-from servetune import render
+from servetune import render, watching
 from servetune.clients import (
     AdaptationStatus,
     AdapterInfo,
@@ -25,12 +27,23 @@ from servetune.clients import (
     Erased,
     VersionInfo,
 )
-from servetune.connect import REFUSED, USAGE, OutputOption, command, fail
+from servetune.clients.client import DEFAULT_BASE_URL
+from servetune.connect import (
+    REFUSED,
+    USAGE,
+    AdminKeyOption,
+    ApiKeyOption,
+    OutputOption,
+    UrlOption,
+    command,
+    connect,
+    explained,
+    fail,
+)
 from servetune.evals import BASELINES, LEARNERS, Options, PaperOptions
 
 SETTINGS: dict[str, Any] = {
     "no_args_is_help": True,
-    "add_completion": False,
     "rich_markup_mode": None,
     # A traceback with local variables would print keys.
     "pretty_exceptions_enable": False,
@@ -112,6 +125,18 @@ def worker(
 ) -> None:
     """Only learn, from the buffer and into the store that servers share."""
     _start("worker", locals())
+
+
+@app.command()
+def config(output: OutputOption = render.Output.table) -> None:
+    """Every setting of the server as it is resolved here, and its source; of keys, whether they are set."""
+    try:
+        settings = importlib.import_module("servetune.server.settings")
+        render.show(settings.resolved(), output)
+    except ModuleNotFoundError as error:
+        _explain_missing(error)
+    except ValidationError as error:
+        _explain_settings(error)
 
 
 def _start(role: str, options: dict[str, Any]) -> None:
@@ -511,6 +536,28 @@ def export(
 def status(client: Client, name: MeantOption = None) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
     return client.adaptation.status(name)
+
+
+@app.command()
+def watch(
+    name: MeantOption = None,
+    output: OutputOption = render.Output.table,
+    base_url: UrlOption = DEFAULT_BASE_URL,
+    api_key: ApiKeyOption = None,
+    admin_key: AdminKeyOption = None,
+) -> None:
+    """Watch an adapter learn until Ctrl-C: a live view, or a line for each event (-o json, or into a pipe)."""
+    with explained(base_url), connect(base_url, api_key, admin_key) as client, suppress(KeyboardInterrupt):
+        if output is render.Output.json or not sys.stdout.isatty():
+            for event in client.adaptation.events(name):
+                typer.echo(event.model_dump_json() if output is render.Output.json else watching.told(event))
+            return
+        view, before = watching.View(), client.adaptation.series(name)
+        view.begin(before)
+        with Live(view, refresh_per_second=4) as live:
+            for event in client.adaptation.events(name, since=before.last_event_id, status=True):
+                view.hear(event)
+                live.refresh()
 
 
 @command(app)

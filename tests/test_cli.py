@@ -12,9 +12,11 @@ import types
 import httpx2
 import pytest
 from pydantic import BaseModel, Field
+from rich.console import Console
 from typer.testing import CliRunner
 
-from servetune import Client, __version__, cli, connect
+from servetune import Client, __version__, cli, connect, watching
+from servetune.clients.types import Event, Series
 
 PIXEL = (  # a PNG of one pixel
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
@@ -93,6 +95,8 @@ def reply(request):
         "reset": VERSION,
     }
     body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
+    if path == "/v1/adapters" and request.method == "POST":
+        body = ADAPTER
     if path.endswith("erase"):
         return httpx2.Response(200, json=ERASED)
     return httpx2.Response(200, json=body or (STATUS if "adaptation" in path else ADAPTER))
@@ -135,6 +139,7 @@ def image(tmp_path):
 
 COMMANDS = [
     "adapters list",
+    "adapters create camera-7",
     "adapters show",
     "adapters versions",
     "adapters snapshot keep -m by=me",
@@ -143,6 +148,8 @@ COMMANDS = [
     "adapters reset --to base --purge-buffer",
     "adapters export v0001 {home}/out",
     "status",
+    "status --name camera-7",
+    "config",
     "pause",
     "resume",
     "erase q_1 q_2",
@@ -346,3 +353,94 @@ def test_the_module_runs_and_help_imports_no_server():
     code = "import servetune.cli, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert {"torch", "fastapi", "transformers", "PIL", "servetune.server"}.isdisjoint(loaded.stdout.split())
+
+
+# --- watching ----------------------------------------------------------------------------------------
+
+
+def happened(kind, number, **data):
+    return Event(id=f"{number}-0", time=1000.0 + number, adapter="default", kind=kind, data=data)
+
+
+EVENTS = [
+    happened("step", 1, step=1, reward=0.25, majority=0.5),
+    happened("step", 2, step=2, reward=0.75, majority=0.5),
+    happened("step", 3, step=3, failed="RuntimeError"),
+    happened("verdict", 4, accepted=False, early=False, reasons=["kl_step 0.4 is above 0.3", "surer 2"]),
+    happened("publish", 5, version="v0007", num_queries=16),
+    happened("snapshot", 6, by="operator", version="v0008", label="be\x1bfore"),
+]
+
+
+def test_events_are_told_line_by_line_until_there_are_no_more(monkeypatch):
+    replies = ["".join(f"data: {each.model_dump_json()}\nid: {each.id}\n\n" for each in EVENTS)]
+
+    def handle(request):
+        if not replies:
+            return httpx2.Response(404, json={})
+        return httpx2.Response(200, content=replies.pop())
+
+    monkeypatch.setattr(connect, "Client", functools.partial(Client, transport=httpx2.MockTransport(handle)))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    text = "".join(f"data: {each.model_dump_json()}\nid: {each.id}\n\n" for each in EVENTS)
+    for options, check in (((), "refused kl_step 0.4 is above 0.3; surer 2"), (("-o", "json"), '"label":"be')):
+        replies[:] = [text]
+        result = run("watch", *options)
+        lines = result.stdout.splitlines()
+        assert len(lines) == len(EVENTS)
+        assert check in result.stdout
+        assert "\x1b" not in result.stdout
+        assert result.exit_code == 1, "the server does not know it any more"
+
+
+def test_the_view_shows_how_it_stands_what_it_learns_and_what_happened():
+    view = watching.View()
+    columns = {"time": [1.0, 2.0], "reward": [0.25, None], "majority": [0.5, 0.5]}
+    view.begin(Series(adapter="default", columns=columns, marks=[EVENTS[4]], last_event_id="5-0"))
+    assert "connecting" in shown(view)
+    for event in EVENTS[1:4]:
+        view.hear(event)
+    buffer = {"waiting": 3, "pending": 1, "connected": True}
+    requests = {"per_s": 2.5, "p50_s": 0.05, "p95_s": 0.2}
+    status = {"serving": "v0007", "mode": "learning", "lag_versions": 1, "buffer": buffer, "requests": requests}
+    view.hear(happened("status", 9, **status))
+    text = shown(view)
+    assert "default  v0007  1 behind  learning  4 kept  2.5/s  p50 50 ms  p95 200 ms" in text
+    assert "▁█" in text, "two rewards"
+    assert "0.75" in text
+    assert "publish v0007" in text
+    assert "step 3 RuntimeError" in text
+    view.hear(happened("status", 9, **status | {"buffer": {**buffer, "connected": False}}))
+    assert "buffer unreachable" in shown(view)
+
+
+def shown(view):
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view)
+    return console.file.getvalue()
+
+
+def test_the_settings_are_shown_with_their_sources_and_no_key(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "servetune.toml").write_text(
+        'port = 9001\nhost = "localhost"\n[adapter_keys]\nann = ["s3cret-ann"]\n'
+    )
+    monkeypatch.setenv("SERVETUNE_PORT", "9002")
+    monkeypatch.setenv("SERVETUNE_API_KEYS", '["s3cret-user"]')
+    result = run("config", "-o", "json")
+    found = {each["setting"]: (each["value"], each["source"]) for each in json.loads(result.stdout)}
+    assert found["port"] == (9002, "environment")
+    assert found["host"] == ("localhost", "servetune.toml")
+    assert found["queue_size"] == (256, "default")
+    assert found["api_keys"] == (True, "environment")
+    assert found["adapter_keys"] == (True, "servetune.toml")
+    assert found["admin_key"] == (False, "default")
+    assert "s3cret" not in result.output + run("config").output
+    monkeypatch.setenv("SERVETUNE_PORT", "many")
+    wrong = run("config")
+    assert (wrong.exit_code, "port" in wrong.output, wrong.output.count("\n")) == (2, True, 1)
+
+
+def test_a_shell_can_complete():
+    shown = run("--show-completion", "bash")
+    assert "_SERVETUNE_COMPLETE" in shown.output or "--show-completion" in run("--help").output
