@@ -118,6 +118,15 @@ async def test_a_key_of_an_adapter_sees_the_history_of_no_other(world: World) ->
     assert 'servetune_train_steps_total{adapter="bob",outcome="learned"} 0.0' in told
 
 
+async def test_a_damaged_adapter_leaves_the_metrics_of_the_others(world: World) -> None:
+    await ask(world, BOB)
+    (world.lines.look("bob")[0].folder / "aliases.json").write_text("{")
+    told = await world.client.get("/metrics", headers=USER)
+    assert told.status_code == 200
+    assert 'servetune_adapter_lag_versions{adapter="default"}' in told.text
+    assert 'servetune_adapter_lag_versions{adapter="bob"}' not in told.text
+
+
 # --- the operator --------------------------------------------------------------------------------------
 
 
