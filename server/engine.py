@@ -19,7 +19,7 @@ import structlog
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.adapters.versions import StoreError, version_name
+from servetune.adapters.versions import Alias, StoreError, version_name
 from servetune.server.answering import Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
 from servetune.server.stage import QueueFull, Stage
@@ -88,6 +88,7 @@ class Engine:
         self.on_swap: Callable[[Swap], None] = lambda swap: None
         self._poll_s = settings.swap_poll_s
         self._asked = self._looked = time.monotonic()
+        self._refreshing = asyncio.Lock()
         self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
         self._watcher: asyncio.Task[None] | None = None
 
@@ -248,10 +249,14 @@ class Engine:
         Returns:
             the version served afterwards.
         """
-        self._looked = time.monotonic()
-        live = await asyncio.to_thread(self.store.live)
-        if live.version == self.serving or self._refused == (live.generation, live.version):
+        async with self._refreshing:  # an operator's act and the watch may come to it together
+            self._looked = time.monotonic()
+            live = await asyncio.to_thread(self.store.live)
+            if live.version != self.serving and self._refused != (live.generation, live.version):
+                await self._swap(live)
             return self.serving
+
+    async def _swap(self, live: Alias) -> None:
         began = time.perf_counter()
         try:
             await self.stage.load(self.store, live.version)
@@ -265,11 +270,9 @@ class Engine:
         else:
             before, self.serving = self.serving, live.version
             self.stage.serve(self.store, live.version)
-            if before != self.serving:  # an operator's act and the watch may both have waited for it
-                versions = {"version": version_name(live.version), "previous": version_name(before)}
-                log.info("swapped", adapter=self.store.name, **versions)
-                self.on_swap(Swap(live.version, before, time.perf_counter() - began))
-        return self.serving
+            versions = {"version": version_name(live.version), "previous": version_name(before)}
+            log.info("swapped", adapter=self.store.name, **versions)
+            self.on_swap(Swap(live.version, before, time.perf_counter() - began))
 
     async def forget(self, versions: Collection[int]) -> None:
         """Keep neither what was seen nor, once their last answer is given, versions that are gone.
