@@ -161,6 +161,7 @@ class Workers:
     def _leave(self, name: str) -> None:
         self._left[name] = time.monotonic()
         self._places.pop(name).holding.close()
+        self._policy.forget_images()  # nobody is left here who would hear that its queries were erased
 
     def _new_slots(self) -> tuple[str, str]:
         number = len(self._policy.slots) // len(SLOTS)

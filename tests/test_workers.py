@@ -99,8 +99,10 @@ def lesson(
     made.stop()
 
 
-def test_every_adapter_learns_from_its_own_queries(lesson: Class) -> None:
+def test_every_adapter_learns_from_its_own_queries(lesson: Class, monkeypatch: pytest.MonkeyPatch) -> None:
     """Five adapters and two places."""
+    forgotten: list[int] = []
+    monkeypatch.setattr(lesson._policy, "forget_images", lambda: forgotten.append(len(lesson.workers._places)))  # type: ignore[union-attr]
     first = lesson.settings.adapter
     names = [first, *(f"{first}-{each}" for each in "abcd")]
     for place, name in enumerate(names):
@@ -114,6 +116,7 @@ def test_every_adapter_learns_from_its_own_queries(lesson: Class) -> None:
     digests = {lesson.stores.at(name).manifest(1).digest for name in names}
     assert len(digests) == len(names)
     assert all(lesson.heard(name)[0] == "idle" for name in names), "also of those without a place"
+    assert len(forgotten) >= 3, "what was seen for an adapter goes with it"
 
 
 def test_what_another_process_learns_for_is_left_to_it_until_it_ends(lesson: Class) -> None:
