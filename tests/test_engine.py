@@ -77,6 +77,19 @@ def publish(
     return store.publish(draft).version
 
 
+def count_turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many are answered together, turn by turn, from now on."""
+    turns: list[int] = []
+    answer = Answering._answer
+
+    def counted(self: Answering, jobs: list[Any], began: float) -> None:
+        turns.append(len(jobs))
+        answer(self, jobs, began)
+
+    monkeypatch.setattr(Answering, "_answer", counted)
+    return turns
+
+
 def scores(outcome: Outcome) -> dict[str, float]:
     return dict(outcome.candidates)
 
@@ -553,14 +566,7 @@ async def test_what_waits_is_answered_together_and_as_if_alone(
         for choice in ("live", version)
     ]
     alone = [await roomy.answer(*each) for each in asked]
-    turns: list[int] = []
-    answer = Answering._answer
-
-    def counted(self: Answering, jobs: list[Any], began: float) -> None:
-        turns.append(len(jobs))
-        answer(self, jobs, began)
-
-    monkeypatch.setattr(Answering, "_answer", counted)
+    turns = count_turns(monkeypatch)
     before = roomy.batches
     with held(roomy):
         waiting = [asyncio.create_task(roomy.answer(*each)) for each in asked]

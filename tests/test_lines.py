@@ -16,14 +16,13 @@ from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Sampling
 from servetune.adapters.versions import ForeignStore, version_name
-from servetune.server.answering import Answering
 from servetune.server.engine import Engine, Outcome
 from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.stage import SLOTS, QueueFull, Stage
 from tests.conftest import query
 from tests.fakes import ADMIN, USER, USER_KEY, ZERO, World, learn, png
-from tests.test_engine import LABELS, publish
+from tests.test_engine import LABELS, count_turns, publish
 
 ANN_KEY = "stu_annkey.aaaaaaaaaaaaaaaaaaaaaaaa"
 BOB_KEY = "stu_bobkey.bbbbbbbbbbbbbbbbbbbbbbbb"
@@ -253,14 +252,7 @@ async def test_the_same_number_is_another_version_in_another_adapter(
     alone = [await two.ask(number) for number in (0, 1)]
     assert [(each.adapter, each.version) for each in alone] == [("one", 1), ("two", 1)]
     assert alone[0].candidates != alone[1].candidates
-    turns: list[int] = []
-    answer = Answering._answer
-
-    def counted(self: Answering, jobs: list[Any], began: float) -> None:
-        turns.append(len(jobs))
-        answer(self, jobs, began)
-
-    monkeypatch.setattr(Answering, "_answer", counted)
+    turns = count_turns(monkeypatch)
     two.stage.answering.forget_prompts()
     mixed = await asyncio.gather(*(two.ask(number) for number in (0, 1) * 3))
     assert sum(turns) == 6
