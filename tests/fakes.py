@@ -134,6 +134,7 @@ class FakeBuffer:
     """Keeps queries in a dict; `refusal` skips, `down` breaks, `delay_s` makes it slow."""
 
     def __init__(self) -> None:
+        self.withdrawn = 0
         self.kept: dict[str, tuple[Query, str]] = {}
         self.puts = 0
         self.refusal: str | None = None
@@ -168,7 +169,9 @@ class FakeBuffer:
     async def withdraw(self, query_id: str) -> bool:
         if self.down:
             raise BufferUnavailable
-        return self.kept.pop(query_id, None) is not None
+        was_kept = self.kept.pop(query_id, None) is not None
+        self.withdrawn += was_kept
+        return was_kept
 
     async def purge(self) -> int:
         if self.down:

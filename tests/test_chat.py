@@ -192,7 +192,7 @@ async def test_who_leaves_a_stream_frees_the_model_and_teaches_nothing(world: Wo
         {**scope, **more, "scheme": "http", "server": ("localhost", 80), "client": ("::1", 1)}, receive, send
     )
     assert world.engine.cancelled == 1
-    await until(lambda: world.buffer.puts == 1 and not world.buffer.kept)
+    await until(lambda: world.buffer.withdrawn == 1)
 
 
 # --- with the real engine: tokens ----------------------------------------------------------------------
