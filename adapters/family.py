@@ -6,7 +6,6 @@ its vision features, one prefill and the extension of a key-value cache by furth
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -31,12 +30,13 @@ from transformers import (
 )
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from servetune.adapters import attention
+from servetune.adapters import attention, caches
 
 DEFAULT_RECOGNITION_QUESTION = "What is this? Answer with its name only."
 TOKEN_CACHE = 65_536  # answers
 Slots = tuple[str | None, ...]
 """Names of adapters, one for each row of a pass; None is the base."""
+RECURRENT_CHUNK = 64  # tokens
 MAX_SEEN = 4_000_000  # pixel values in one pass of the vision tower
 
 
@@ -106,10 +106,7 @@ class Prefix:
 
     def _holding(self, tensors: Sequence[Tensor]) -> Prefix:
         """The same prompts with other tensors, in the order of `tensors`."""
-        cache = self.fork()
-        for number, layer in enumerate(cache.layers):
-            layer.keys, layer.values = tensors[2 * number + 1], tensors[2 * number + 2]
-        return replace(self, cache=cache, logits=tensors[0])
+        return replace(self, cache=caches.holding(self.cache, tensors[1:]), logits=tensors[0])
 
     def seen(self) -> Tensor:
         """(B, width) True on the tokens of each prompt."""
@@ -117,6 +114,8 @@ class Prefix:
 
     def alone(self, row: int) -> Prefix:
         """One of the prompts; it shares the tensors of all."""
+        if len(self.lengths) == 1:
+            return self
         cache, length = self.fork(), self.lengths[row]
         for layer in cache.layers:
             layer.keys, layer.values = (each[row : row + 1, :, :length] for each in (layer.keys, layer.values))
@@ -124,7 +123,7 @@ class Prefix:
 
     def tensors(self) -> list[Tensor]:
         """All that it holds."""
-        return [self.logits, *(each for layer in self.cache.layers for each in (layer.keys, layer.values))]
+        return [self.logits, *caches.tensors(self.cache)]
 
     @staticmethod
     def joined(prefixes: Sequence[Prefix]) -> Prefix:
@@ -142,9 +141,7 @@ class Prefix:
 
     def fork(self) -> DynamicCache:
         """A cache that shares the prompts' tensors; extending it leaves this prefix untouched."""
-        cache = copy.copy(self.cache)
-        cache.layers = [copy.copy(layer) for layer in self.cache.layers]
-        return cache
+        return caches.fork(self.cache)
 
 
 class Family:
@@ -152,7 +149,10 @@ class Family:
 
     def __init__(self, model: nn.Module, processor: Any, recognition_question: str, source: str) -> None:
         self.model: Any = model.eval().requires_grad_(False)
-        self.model.get_decoder().config._attn_implementation = attention.NAME  # type: ignore[operator]
+        self.shares = _layer_kinds(self.model.config) <= caches.SHARED
+        """Whether answers can lie side by side after one prompt; else each needs a copy of it."""
+        if self.shares:
+            self.model.get_decoder().config._attn_implementation = attention.NAME  # type: ignore[operator]
         self.processor = processor
         self.tokenizer = processor.tokenizer
         self.template = getattr(processor, "chat_template", None) or processor.tokenizer.chat_template
@@ -170,8 +170,8 @@ class Family:
         """Load a folder or hub id.
 
         Raises:
-            UnsupportedModel: not found, not an image-text-to-text checkpoint, no chat template, or attention
-                that cannot share a prompt between rollouts.
+            UnsupportedModel: not found, not an image-text-to-text checkpoint, no chat template, or layers of a
+                kind whose cache servetune cannot copy.
         """
         if source.startswith(("/", ".", "~")) and not Path(source).is_dir():
             raise UnsupportedModel(f"cannot load {source}: there is no such folder")
@@ -180,7 +180,7 @@ class Family:
         except (OSError, ValueError) as error:
             reason = str(error).partition("\n")[0][:300]
             raise UnsupportedModel(f"cannot load {source}: {reason}") from error
-        _require_full_attention(config)
+        _require_known_layers(config)
         processor = _load_processor(source, config)
         if not (getattr(processor, "chat_template", None) or processor.tokenizer.chat_template):
             raise UnsupportedModel(f"{source} has no chat template: use its instruction-tuned variant")
@@ -208,7 +208,34 @@ class Family:
         text = self.model.config.get_text_config()
         hidden, middle = int(text.hidden_size), int(getattr(text, "intermediate_size", 4 * text.hidden_size))
         size = int(next(self.model.parameters()).element_size())
-        return int(text.num_hidden_layers) * (12 * hidden + 5 * middle) * size + 8 * int(text.vocab_size)
+        layers = int(text.num_hidden_layers) * (12 * hidden + 5 * middle) * size
+        return layers + self._recurrent_bytes + 8 * int(text.vocab_size)
+
+    @cached_property
+    def _recurrent_bytes(self) -> int:
+        """Of `token_bytes`, what layers with a recurrent state keep besides, in float32 (measured).
+
+        They work on RECURRENT_CHUNK tokens at once, each of which is compared with all others.
+        """
+        text = self.model.config.get_text_config()
+        layers = list(getattr(text, "layer_types", None) or ()).count("linear_attention")
+        if not layers:
+            return 0
+        key, value = (int(getattr(text, f"linear_{which}_head_dim", 128)) for which in ("key", "value"))
+        heads = int(getattr(text, "linear_num_value_heads", text.num_attention_heads))
+        return 4 * layers * heads * (5 * RECURRENT_CHUNK + 7 * (key + value) + 2 * key * value // RECURRENT_CHUNK)
+
+    def copy_cost(self, length: int) -> int:
+        """Memory that a copy of a prompt takes for each answer, in tokens: none where answers share it.
+
+        Keys and values, as many as there are heads, of every layer; and recurrent layers fill up their chunk.
+        """
+        if self.shares:
+            return 0
+        text = self.model.config.get_text_config()
+        size = int(next(self.model.parameters()).element_size())
+        own = 2 * int(text.num_hidden_layers) * int(text.hidden_size) * size
+        return -(-(length * own + RECURRENT_CHUNK * self._recurrent_bytes) // self.token_bytes)
 
     @property
     def device(self) -> torch.device:
@@ -303,7 +330,7 @@ class Family:
 
     def prefill(self, prompt: Prompt, features: dict[str, Any], slots: Slots | None = None) -> Prefix:
         """One forward pass over the prompt; differentiable in the adapter's weights."""
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = caches.empty(self.model.config.get_text_config())
         inputs = self.without_pixels(prompt).inputs
         # The model writes into the dict that it is given.
         with self.using(slots):
@@ -332,7 +359,7 @@ class Family:
         total = max(lengths)
         # Padding is on the right, where causal attention does not look.
         inputs = torch.stack([nn.functional.pad(row, (0, 0, 0, total - len(row))) for row in rows])
-        cache = DynamicCache(config=self.model.config.get_text_config())
+        cache = caches.empty(self.model.config.get_text_config())
         positions = torch.arange(total, device=inputs.device).expand(len(rows), -1)
         with self.using(slots):
             hidden = decoder(inputs_embeds=inputs, position_ids=positions, cache=cache, use_cache=True)
@@ -494,13 +521,16 @@ _HIDDEN = frozenset({"last_hidden_state", "hidden_states", "attentions"})
 _PIXELS = frozenset({"pixel_values", "pixel_attention_mask", "image_sizes", "batch_num_images"})
 
 
-def _require_full_attention(config: Any) -> None:
-    """Rollouts share one prompt cache, which sliding-window and recurrent layers do not keep."""
-    text = config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"}:
+def _layer_kinds(config: Any) -> set[str]:
+    return set(getattr(config.get_text_config(), "layer_types", None) or caches.SHARED)
+
+
+def _require_known_layers(config: Any) -> None:
+    """What a layer keeps of a prompt must be something that `caches` can copy."""
+    if unknown := _layer_kinds(config) - caches.SHARED - caches.COPIED:
+        known = ", ".join(sorted(caches.SHARED | caches.COPIED))
         raise UnsupportedModel(
-            f"{config.model_type} mixes {', '.join(sorted(kinds))}: servetune needs full attention in every layer"
+            f"{config.model_type} has layers of the kind {', '.join(sorted(unknown))}: servetune knows {known}"
         )
 
 

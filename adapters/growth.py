@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from servetune.adapters import caches
+from servetune.adapters.copies import extend_copies, feed_paths, most_copies
 from servetune.adapters.family import Family, Prefix
 from servetune.adapters.tree import Prefixes, allowed
 
@@ -172,7 +174,7 @@ def _grow(
         min(most, family.max_length - length) for most, length in zip(max_tokens, prefix.lengths, strict=True)
     ]
     level = [Branch(row, (), 0.0, num, ()) for row in range(len(prefix.lengths))]
-    shoots, logits = Shoots(family, prefix), prefix.logits
+    shoots, logits = shoots_of(family, prefix), prefix.logits
     for depth in range(max(limits)):
         stopped = {row for row in {branch.row for branch in level} if watch.stopped(row)}
         logprobs = allowed(family, logits).log_softmax(-1)
@@ -214,6 +216,44 @@ def _children(
         )
         for (number, token, count), more in zip(taken, added, strict=True)
     ]
+
+
+def shoots_of(family: Family, prefix: Prefix) -> Shoots | CopiedShoots:
+    """The cache in which answers to these prompts grow."""
+    return Shoots(family, prefix) if family.shares else CopiedShoots(family, prefix)
+
+
+class CopiedShoots:
+    """As `Shoots`, of a single prompt that cannot be shared: each beginning has a copy of its row.
+
+    A beginning that goes on from one of those that were fed last is fed its last token, any other is fed whole.
+    """
+
+    def __init__(self, family: Family, prefix: Prefix) -> None:
+        self._family = family
+        self._prefix = prefix
+        self._cache = prefix.cache
+        self._rows: dict[int | None, int] = {None: 0}  # of the places that go on in the cache; None: the prompt
+        self._beginnings: list[tuple[int, ...]] = []  # tokens after the prompt, by place
+
+    def feed(self, branches: list[Branch]) -> Tensor:
+        """(branches, V) logits after the last token of every branch, whose place is noted."""
+        parents = [branch.path[-1] if branch.path else None for branch in branches]
+        places = []
+        for branch, parent in zip(branches, parents, strict=True):
+            places.append(len(self._beginnings))
+            before = () if parent is None else self._beginnings[parent]
+            self._beginnings.append((*before, branch.tokens[-1]))
+            branch.path = (*branch.path, places[-1])
+        if self._rows.keys() >= set(parents) and len(branches) <= most_copies(self._prefix):
+            self._cache = caches.rows(self._cache, torch.tensor([self._rows[parent] for parent in parents]))
+            self._rows = {place: row for row, place in enumerate(places)}
+            tokens = torch.tensor([[branch.tokens[-1]] for branch in branches])
+            depth = len(branches[0].path) - 1
+            return extend_copies(self._family, self._prefix, self._cache, tokens, depth)[:, 0]
+        self._rows = {}
+        whole = feed_paths(self._family, self._prefix, [self._beginnings[place] for place in places])
+        return torch.stack([logits[-1] for logits in whole])
 
 
 class Shoots:

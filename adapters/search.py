@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from servetune.adapters.family import Family, Prefix
-from servetune.adapters.growth import Branch, Shoots
+from servetune.adapters.growth import Branch, shoots_of
 from servetune.adapters.tree import MAX_NODES, Trie, allowed, score_tries
 
 FEW_NODES = 96
@@ -43,7 +43,7 @@ def search_each(
     crowns = [_Crown(trie) for trie in tries]
     for row, crown in enumerate(crowns):
         crown.note([-1], allowed(family, prefix.logits[row : row + 1]))
-    shoots, most = Shoots(family, prefix), MAX_NODES // len(crowns)
+    shoots, most = shoots_of(family, prefix), MAX_NODES // len(crowns)
     while any(chosen := [crown.choose(epsilon, most) for crown in crowns]):
         # A list that needs many takes more rounds: the others are done then, and out of the way.
         usual = statistics.median(len(nodes) for nodes in chosen if nodes)

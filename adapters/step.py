@@ -399,7 +399,8 @@ class Learner:
         part: list[_Exercise] = []
         size = 0
         for each in exercises:
-            own = each.observation.prompt.length + sum(len(each.tokens[i]) for i in each.answers)
+            length = each.observation.prompt.length
+            own = length + sum(len(each.tokens[i]) + self.policy.family.copy_cost(length) for i in each.answers)
             if part and size + own > self._max_tokens:
                 yield part
                 part, size = [], 0
@@ -496,7 +497,7 @@ class Learner:
             self._accumulate_chunk(
                 prefix, reference, [rollouts.tokens[i] for i in rows], advantage[rows], weights[rows]
             )
-            for rows in self._chunks(rollouts.tokens)
+            for rows in self._chunks(rollouts.tokens, self.policy.family.copy_cost(prefix.width))
         )
         known = [(tensor, leaf.grad) for tensor, leaf in zip(ours, leaves, strict=True) if leaf.grad is not None]
         torch.autograd.backward([tensor for tensor, _ in known], [gradient for _, gradient in known])
@@ -518,16 +519,17 @@ class Learner:
         torch.autograd.backward(loss + config.kl_coefficient * divergence)
         return float(divergence.detach())
 
-    def _chunks(self, tokens: Tokens) -> Iterator[list[int]]:
-        """Numbers of rollouts whose tokens fit into memory together; the sorted ones share most."""
+    def _chunks(self, tokens: Tokens, more: int) -> Iterator[list[int]]:
+        """Numbers of rollouts that fit into memory together with so much more each; the sorted ones share most."""
         rows: list[int] = []
         size = 0
         for row in sorted(range(len(tokens)), key=tokens.__getitem__):
-            if rows and size + len(tokens[row]) > self._max_tokens:
+            own = len(tokens[row]) + more
+            if rows and size + own > self._max_tokens:
                 yield rows
                 rows, size = [], 0
             rows.append(row)
-            size += len(tokens[row])
+            size += own
         yield rows
 
     def _descend(self) -> float:

@@ -4,7 +4,8 @@ The prompt has one row in the key-value cache, and so has everything below it: t
 side by side in that row, and a mask lets each see the prompt, its own ancestors and itself. Thirty-two rollouts
 that agree on their first token feed that token once; so do labels with a common beginning. Compared with N
 copies of the prompt this is the same arithmetic without the repetition, and it is differentiable. Several prompts
-are rows of one cache where the family allows it.
+are rows of one cache where the family allows it. Where a model's layers cannot share a prompt, the same is
+computed in copies of it (`copies.py`).
 
 Here given answers are scored; `search.py` looks for the likely ones of a long list, `growth.py` draws new ones.
 """
@@ -22,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from servetune.adapters.attention import Blocks
+from servetune.adapters.copies import feed_paths
 from servetune.adapters.family import Family, Prefix, Prompt, Slots
 from servetune.adapters.features import ByteCache
 
@@ -183,6 +185,17 @@ class Trie:
         tokens = torch.tensor([self.tokens[node] for node in self.inner], dtype=torch.long)
         return tokens, torch.tensor(depths, dtype=torch.long), visible
 
+    def branches(self) -> list[list[int]]:
+        """The longest paths of inner nodes, from the prompt on; every inner node is in one of them at least."""
+        paths = []
+        for node in set(self.inner) - {self.parents[node] for node in self.inner}:
+            path = []
+            while node != -1:
+                path.append(node)
+                node = self.parents[node]
+            paths.append(path[::-1])
+        return sorted(paths)
+
     def groups(self, prompt: int) -> list[list[int]] | None:
         """Places of the inner nodes in groups of about one size that do not see each other.
 
@@ -261,7 +274,11 @@ def _feed_tries(family: Family, prefix: Prefix, tries: Sequence[Trie | None]) ->
     """Per row (1 + M, V) logits after its prompt and after the inner nodes of its trie, where it has one."""
     logits = prefix.logits[:, None]
     most = max(len(trie.inner) if trie else 0 for trie in tries)
-    if len(tries) == 1 and tries[0] and (groups := tries[0].groups(prefix.width)):
+    if not family.shares:
+        [trie] = tries
+        if trie and trie.inner:
+            logits = torch.cat([logits, _feed_branches(family, prefix, trie)], dim=1)
+    elif len(tries) == 1 and tries[0] and (groups := tries[0].groups(prefix.width)):
         logits = torch.cat([logits, _feed_groups(family, prefix, tries[0], groups)], dim=1)
     elif most:
         device = logits.device
@@ -291,6 +308,14 @@ def _feed_groups(family: Family, prefix: Prefix, trie: Trie, groups: list[list[i
     return family.extend(prefix.fork(), tokens[None].to(device), positions, mask.to(device), blocks, prefix.slots)
 
 
+def _feed_branches(family: Family, prefix: Prefix, trie: Trie) -> Tensor:
+    """(1, M, V) logits after the inner nodes, each branch fed in a copy of the prompt."""
+    branches = trie.branches()
+    fed = torch.cat(feed_paths(family, prefix, [[trie.tokens[node] for node in path] for path in branches]))
+    cells = {node: cell for cell, node in enumerate(node for path in branches for node in path)}
+    return fed[[cells[node] for node in trie.inner]][None]
+
+
 def _packs(lengths: list[int]) -> Iterator[list[int]]:
     """Rows for one pass each: of like lengths, and at most MAX_NODES tokens with their padding."""
     rows: list[int] = []
@@ -309,6 +334,8 @@ def packs(family: Family) -> bool:
 
     Other position schemes (M-RoPE), features fed between layers or scaled logits are found out this way.
     """
+    if not family.shares:
+        return False
     if (known := _PACKS.get(family)) is None:
         ramp = Image.linear_gradient("L").resize((64, 64)).convert("RGB")
         asked = [family.prompt([ramp], question) for question in ("What is this?", "Is this a long question?")]

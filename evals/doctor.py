@@ -270,8 +270,7 @@ def _time_answers(policy: Policy, settings: Settings) -> tuple[float, float, flo
             prefix = policy.begin(policy.observe(probe))
             growth.sample(family, prefix, 1, settings.max_answer_tokens, temperature=0.0)
             seconds.append(time.perf_counter() - began)
-    layers = prefix.cache.layers
-    token_mb = _megabytes(t for layer in layers for t in (layer.keys, layer.values)) / prefix.width
+    token_mb = _megabytes(prefix.tensors()[1:]) / prefix.width
     return median(seconds), token_mb * (prefix.width + settings.max_answer_tokens), token_mb
 
 

@@ -10,12 +10,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForImageTextToText,
+    Gemma3Config,
     Idefics3Config,
     InternVLConfig,
     LlavaOnevisionConfig,
     PretrainedConfig,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
+    Qwen3_5Config,
     Qwen3VLConfig,
     SmolVLMConfig,
 )
@@ -109,10 +111,20 @@ def smolvlm(folder: Path) -> None:
 
 
 def llava_onevision(folder: Path) -> None:
+    _llava_onevision(folder, {"model_type": "qwen2", **TEXT})
+
+
+def lfm2(folder: Path) -> None:
+    """LFM2's language model, convolutions between full attention; LFM2-VL's processor is torchvision's."""
+    layers = ["conv", "full_attention", "conv"]
+    _llava_onevision(folder, {"model_type": "lfm2", **TEXT, "num_hidden_layers": 3, "layer_types": layers})
+
+
+def _llava_onevision(folder: Path, text: dict) -> None:
     tok = tokenizer({"image_token": "<image>", "video_token": "<video>"}, "<image>")
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = LlavaOnevisionConfig(
-        text_config={"model_type": "qwen2", "vocab_size": len(tok), **TEXT},
+        text_config={"vocab_size": len(tok), **text},
         vision_config={
             "model_type": "siglip_vision_model",
             **vision,
@@ -223,6 +235,63 @@ def internvl(folder: Path) -> None:
     _save(folder, config, tok, images, {"processor_class": "InternVLProcessor", "image_seq_length": 4})
 
 
+def gemma3(folder: Path) -> None:
+    """Layers with a window of 8 tokens, shorter than any prompt, between layers with full attention."""
+    special = {"boi_token": "<start_of_image>", "eoi_token": "<end_of_image>", "image_token": "<image_soft_token>"}
+    tok = tokenizer(special, "<start_of_image>")
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = Gemma3Config(
+        text_config={
+            "vocab_size": len(tok),
+            **TEXT,
+            "num_hidden_layers": 3,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 16,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        vision_config={**vision, "image_size": 32, "patch_size": 8, "vision_use_head": False},
+        mm_tokens_per_image=4,
+        boi_token_index=tok.convert_tokens_to_ids("<start_of_image>"),
+        eoi_token_index=tok.convert_tokens_to_ids("<end_of_image>"),
+        image_token_index=tok.convert_tokens_to_ids("<image_soft_token>"),
+        eos_token_id=tok.eos_token_id,
+        tie_word_embeddings=True,
+    )
+    images = {"image_processor_type": "Gemma3ImageProcessor", "size": {"height": 32, "width": 32}}
+    _save(folder, config, tok, images, {"processor_class": "Gemma3Processor", "image_seq_length": 4})
+
+
+def qwen3_5(folder: Path) -> None:
+    """Recurrent layers between layers with full attention."""
+    tok = tokenizer(_QWEN, _QWEN_IMAGE)
+    rope = {
+        "rope_type": "default",
+        "mrope_section": [2, 3, 3],
+        "rope_theta": 10000.0,
+        "mrope_interleaved": True,
+        "partial_rotary_factor": 1.0,
+    }
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 32}
+    config = Qwen3_5Config(
+        text_config={
+            "vocab_size": len(tok),
+            **TEXT,
+            "num_hidden_layers": 3,
+            "rope_parameters": rope,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_value_heads": 4,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+        },
+        vision_config={**vision, "patch_size": 8, "num_position_embeddings": 16},
+        tie_word_embeddings=True,
+        **_qwen_ids(tok),
+    )
+    images = {**_QWEN_PIXELS, "patch_size": 8, "size": {"shortest_edge": 256, "longest_edge": 4096}}
+    _save(folder, config, tok, images, {"processor_class": "Qwen3VLProcessor"})
+
+
 FAMILIES: dict[str, Callable[[Path], None]] = {
     "idefics3": idefics3,
     "smolvlm": smolvlm,
@@ -230,4 +299,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {
     "qwen2_5_vl": qwen2_5_vl,
     "qwen3_vl": qwen3_vl,
     "internvl": internvl,
+    "gemma3": gemma3,
+    "qwen3_5": qwen3_5,
+    "lfm2": lfm2,
 }

@@ -144,6 +144,16 @@ def test_the_step_is_a_real_one_and_leaves_nothing(tiny: Path, tmp_path: Path, l
     assert scaled_up
 
 
+@pytest.mark.parametrize("name", ["gemma3", "qwen3_5"])
+def test_a_model_that_copies_its_prompts_is_examined(
+    checkpoints: dict[str, Path], tmp_path: Path, name: str
+) -> None:
+    settings = small(tmp_path, model=str(checkpoints[name]), max_answer_tokens=4)
+    report = doctor.examine(settings, None)
+    assert report.memory.cache_mb > 0
+    assert report.speed.answer_s > 0
+
+
 # --- templates ---------------------------------------------------------------------------------------
 
 

@@ -7,6 +7,8 @@ video-capable processors can be built here, so their image-only form is what is 
 from __future__ import annotations
 
 import io
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText
 
 from servetune.adapters import growth, search, tree
-from servetune.adapters.family import Family, Prompt, PromptTooLong, UnusableImage, image_tokens
+from servetune.adapters.family import Family, Prompt, PromptTooLong, UnsupportedModel, UnusableImage, image_tokens
 from servetune.adapters.features import ByteCache
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.step import Learner, LearnerConfig
@@ -343,3 +345,12 @@ def test_attention_in_blocks_is_that_of_the_whole_tree(
         found.append((logprobs.detach(), flat_gradient(made)))
     torch.testing.assert_close(found[0][0], found[1][0], atol=1e-5, rtol=1e-5)
     assert (found[0][1] - found[1][1]).norm() / found[1][1].norm() < 1e-5
+
+
+def test_layers_that_keep_something_unknown_are_refused(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    made = shutil.copytree(checkpoints["gemma3"], tmp_path / "made")
+    config = json.loads((made / "config.json").read_text())
+    config["text_config"]["layer_types"][0] = "indexed_attention"
+    (made / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedModel, match=r"indexed_attention: servetune knows .*sliding_attention"):
+        Family.load(str(made))

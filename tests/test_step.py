@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
-from servetune.adapters.policy import Policy
+from servetune.adapters.family import Family
+from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.rewards import count_votes
 from servetune.adapters.rollouts import roll_out
 from servetune.adapters.step import Learner, LearnerConfig
@@ -212,16 +214,26 @@ def gradient(policy: Policy) -> torch.Tensor:
     return found
 
 
+@pytest.fixture(params=["idefics3", "gemma3", "qwen3_5"])
+def any_policy(request: pytest.FixtureRequest, checkpoints: dict[str, Path]) -> Policy:
+    """Of a family whose answers share their prompt, and of those that copy it."""
+    made = Policy(Family.load(str(checkpoints[request.param])), LoraSpec(4, 8), ("candidate", "live"))
+    for slot in made.slots:
+        made.load(slot, made.zero_weights())
+    return made
+
+
 @pytest.mark.parametrize("labels", [(), LABELS])
-def test_a_gradient_in_chunks_is_the_whole_one(policy: Policy, labels: tuple[str, ...]) -> None:
+def test_a_gradient_in_chunks_is_the_whole_one(any_policy: Policy, labels: tuple[str, ...]) -> None:
     """Rollouts that do not fit into memory together go back to the prompt one chunk after the other."""
+    policy = any_policy
     stir(policy, "candidate", std=0.05)
     learner = Learner(policy, replace(OPEN, num_rollouts=16))
     policy.use("candidate")
     group = learner._roll_out(query(labels=labels))
     whole = learner._accumulate(group).divergence, gradient(policy)
     learner._max_tokens = 3
-    assert len(list(learner._chunks(group.rollouts.tokens))) > 1
+    assert len(list(learner._chunks(group.rollouts.tokens, 0))) > 1
     group = replace(group, prefix=policy.begin(group.observation))
     chunked = learner._accumulate(group).divergence, gradient(policy)
     assert chunked[0] == pytest.approx(whole[0], abs=1e-5)
@@ -229,8 +241,9 @@ def test_a_gradient_in_chunks_is_the_whole_one(policy: Policy, labels: tuple[str
 
 
 @pytest.mark.parametrize("num", [8, 64])
-def test_what_a_backward_pass_keeps_is_bounded(policy: Policy, num: int) -> None:
+def test_what_a_backward_pass_keeps_is_bounded(any_policy: Policy, num: int) -> None:
     """Bytes of tensors that autograd saved, against the limit and against what they would be without."""
+    policy = any_policy
     stir(policy, "candidate", std=0.05)
     longest = 24
     tokens = [tuple(torch.randint(260, 300, (longest,)).tolist()) for _ in range(num)]
