@@ -7,6 +7,7 @@
 --   queries      one entry per stored query: ids, marks and sizes, never its content   (permanent)
 --   ledger       how many queries were stored and what became of them                  (permanent)
 --   clients      stored queries per client                                             (permanent)
+--   waiting:CLIENT  ids of a client's entries that nobody took yet, by age
 --   bytes        sum of the sizes of the sealed queries                                (permanent)
 --   key          fingerprint of the key that seals them                                (permanent)
 --   blob:ID      hash {entry, sealed}: where the query is in the stream, its ciphertext
@@ -25,6 +26,7 @@ local function names(keys)
     queries = keys[1],
     ledger = prefix .. 'ledger',
     clients = prefix .. 'clients',
+    waiting = prefix .. 'waiting:',
     bytes = prefix .. 'bytes',
     key = prefix .. 'key',
     blob = prefix .. 'blob:',
@@ -52,6 +54,7 @@ end
 local function remove(k, entry, outcome)
   redis.call('XACK', k.queries, GROUP, entry.id)
   redis.call('XDEL', k.queries, entry.id)
+  redis.call('ZREM', k.waiting .. entry.client, entry.id)
   redis.call('DEL', k.blob .. entry.query)
   redis.call('DECRBY', k.bytes, entry.size)
   if redis.call('HINCRBY', k.clients, entry.client, -1) <= 0 then
@@ -93,6 +96,59 @@ local function delivery(k, id, deliveries)
   return { id, entry.query, sealed, deliveries }
 end
 
+-- Milliseconds at which an entry was stored: ids begin with them.
+local function stored_ms(id)
+  return tonumber(string.match(id, '^%d+'))
+end
+
+local function wait(k, client, id)
+  redis.call('ZADD', k.waiting .. client, stored_ms(id), id)
+end
+
+-- The oldest entry of a client that nobody took yet, which is then taken; or nil.
+local function take_oldest(k, client)
+  return redis.call('ZPOPMIN', k.waiting .. client)[1]
+end
+
+-- Clients with entries that nobody took yet: the one that waits longest first.
+local function waiting_clients(k)
+  local found = {}
+  for _, client in ipairs(redis.call('HKEYS', k.clients)) do
+    local oldest = redis.call('ZRANGE', k.waiting .. client, 0, 0)[1]
+    if oldest then
+      local num = redis.call('ZCARD', k.waiting .. client)
+      found[#found + 1] = { client = client, oldest = stored_ms(oldest), num = num }
+    end
+  end
+  table.sort(found, function(a, b)
+    if a.oldest ~= b.oldest then return a.oldest < b.oldest end
+    return a.client < b.client
+  end)
+  return found
+end
+
+-- Ids of stored entries that nobody took yet, at most `limit`: of each client in turn the oldest. After the first
+-- turn those with the fewest come first, so that whoever sends most has an equal part and no more.
+local function fair(k, limit)
+  local ids, clients = {}, waiting_clients(k)
+  local left = #clients > 0
+  while left and #ids < limit do
+    left = false
+    for _, each in ipairs(clients) do
+      local id = #ids < limit and take_oldest(k, each.client)
+      if id then
+        ids[#ids + 1] = id
+        left = true
+      end
+    end
+    table.sort(clients, function(a, b)
+      if a.num ~= b.num then return a.num < b.num end
+      return a.client < b.client
+    end)
+  end
+  return ids
+end
+
 -- The deliveries so far of an entry if `consumer` still holds its lease, else nil.
 local function held(k, consumer, id)
   local lease = redis.call('XPENDING', k.queries, GROUP, id, id, 1, consumer)[1]
@@ -116,11 +172,23 @@ local function register(name, call)
   }
 end
 
+-- Let entries wait that an earlier version of this file stored: those that nobody holds.
+local function adopt(k)
+  for _, client in ipairs(redis.call('HKEYS', k.clients)) do
+    if redis.call('EXISTS', k.waiting .. client) > 0 then return end
+  end
+  for _, entry in ipairs(redis.call('XRANGE', k.queries, '-', '+')) do
+    local id = entry[1]
+    if #redis.call('XPENDING', k.queries, GROUP, id, id, 1) == 0 then wait(k, find(k, id).client, id) end
+  end
+end
+
 -- fingerprint, whether its owner decides -> the fingerprint that holds
 register('setup', function(k, fingerprint, decides)
   local made = redis.pcall('XGROUP', 'CREATE', k.queries, GROUP, '0', 'MKSTREAM')
   if made.err and not string.find(made.err, 'BUSYGROUP', 1, true) then return made end
   if decides == '1' then redis.call('SET', k.key, fingerprint) end
+  adopt(k)
   return redis.call('GET', k.key) or fingerprint
 end)
 
@@ -140,6 +208,8 @@ register('enqueue', function(k, query, digest, client, sealed, ttl_ms, max_entri
   redis.call('PEXPIRE', k.blob .. query, ttl_ms)
   redis.call('SET', k.seen .. digest, query, 'PX', ttl_ms)
   redis.call('HINCRBY', k.clients, client, 1)
+  wait(k, client, id)
+  redis.call('PEXPIRE', k.waiting .. client, ttl_ms)
   redis.call('INCRBY', k.bytes, #sealed)
   redis.call('HINCRBY', k.ledger, 'acked', 1)
   return ''
@@ -164,13 +234,15 @@ register('claim', function(k, consumer, limit, lease_ms, max_deliveries, ttl_ms)
   return rows
 end)
 
--- Deliver entries just read for the first time.
-register('open', function(k, ...)
-  local rows = {}
-  for _, id in ipairs({ ... }) do
+-- Deliver entries for the first time -> {the entries, the id after which the next will be stored}
+register('take', function(k, consumer, limit)
+  local rows, ids = {}, fair(k, tonumber(limit))
+  for _, id in ipairs(ids) do
+    -- FORCE makes the lease of an entry that nobody had yet.
+    redis.call('XCLAIM', k.queries, GROUP, consumer, 0, id, 'FORCE', 'RETRYCOUNT', 1, 'JUSTID')
     rows[#rows + 1] = delivery(k, id, 1)
   end
-  return rows
+  return { rows, redis.call('XINFO', 'STREAM', k.queries)[8] }
 end)
 
 -- -> the ids whose lease `consumer` still holds, renewed
@@ -244,7 +316,7 @@ register('status', function(k, ttl_ms)
     redis.call('XLEN', k.dead),
     tonumber(redis.call('GET', k.bytes) or 0),
     redis.call('HGETALL', k.ledger),
-    oldest and math.max(0, now_ms() - tonumber(string.match(oldest[1], '^%d+'))) or 0,
+    oldest and math.max(0, now_ms() - stored_ms(oldest[1])) or 0,
   }
 end)
 

@@ -375,7 +375,9 @@ class QueryStream:
             return cls(settings, redis.Redis.from_pool(pool), Cipher(load_key(settings)), name)
 
     def take(self, limit: int, block_s: float) -> list[Delivery]:
-        """Up to `limit` queries: those whose lease ran out, else new ones.
+        """Up to `limit` queries: those whose lease ran out, else new ones, of every client an equal part.
+
+        The oldest of each client, in turn; who sends more than others has a larger part only where they have none.
 
         A query is given up after `max_deliveries`. On its last it comes alone and only to a worker that
         holds nothing else, so that one that kills its worker takes no other with it.
@@ -383,7 +385,7 @@ class QueryStream:
         Waits for the first up to `block_s`, but never longer than half of WORKER_ANSWER_S.
         """
         limits = (limit, self._lease_ms, self._settings.max_deliveries, self._ttl_ms)
-        rows = self._call("claim", self._consumer, *limits) or self._read(limit, block_s)
+        rows = self._call("claim", self._consumer, *limits) or self._new(limit, block_s)
         return [delivery for row in rows if (delivery := self._open(*row))]
 
     def renew(self, deliveries: Sequence[Delivery]) -> list[Delivery]:
@@ -437,13 +439,14 @@ class QueryStream:
         self.leave()
         self._redis.close()
 
-    def _read(self, limit: int, block_s: float) -> list[list[Any]]:
-        """New entries, opened. A crash in between leaves them under lease."""
-        block_ms = max(1, _milliseconds(min(block_s, WORKER_ANSWER_S / 2)))  # 0 would mean forever
-        group = ("XREADGROUP", "GROUP", "workers", self._consumer, "COUNT", limit, "BLOCK", block_ms)
-        streams = self._command(*group, "STREAMS", self._queries, ">")
-        ids = [entry_id for _, entries in streams or () for entry_id, _ in entries]
-        return list(self._call("open", *ids)) if ids else []
+    def _new(self, limit: int, block_s: float) -> list[list[Any]]:
+        """Entries that nobody took yet, once there are any."""
+        rows, last = self._call("take", self._consumer, limit)
+        if not rows:
+            block_ms = max(1, _milliseconds(min(block_s, WORKER_ANSWER_S / 2)))  # 0 would mean forever
+            if self._command("XREAD", "COUNT", 1, "BLOCK", block_ms, "STREAMS", self._queries, last):
+                rows, _ = self._call("take", self._consumer, limit)
+        return list(rows)
 
     def _open(self, entry_id: bytes, query_id: bytes, sealed: bytes, deliveries: int) -> Delivery | None:
         try:

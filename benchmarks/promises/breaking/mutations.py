@@ -407,9 +407,8 @@ def _takes_all(enqueue: Any) -> Any:
 
 
 def _shares_nothing_out(enqueue: Any) -> Any:
-    def taking(self: Any, *args: Any) -> Any:
-        self._settings = self._settings.model_copy(update={"buffer_client_share": 1.0})
-        return enqueue(self, *args)
+    def taking(self: Any, query: Any, client: str, *args: Any) -> Any:
+        return enqueue(self, query, "all the same", *args)
 
     return taking
 
