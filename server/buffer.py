@@ -30,6 +30,7 @@ from redis.utils import str_if_bytes
 
 from servetune.adapters.types import Query
 from servetune.clients.types import BufferStatus, WorkerStatus
+from servetune.server import connections
 from servetune.server.cipher import Cipher, Unreadable, load_key
 from servetune.server.settings import Settings
 
@@ -156,7 +157,7 @@ class QueryBuffer:
     def connect(cls, settings: Settings, redis_url: str) -> QueryBuffer:
         """A buffer on the Redis at `redis_url`, which need not be up. Raises BadBuffer."""
         with _configured():
-            pool = redis.asyncio.BlockingConnectionPool.from_url(
+            pool = connections.async_pool(
                 redis_url,
                 max_connections=CONNECTIONS,
                 socket_timeout=ANSWER_S,
@@ -364,7 +365,7 @@ class QueryStream:
         `consumer` is for people; leases are held under a name that no other stream has.
         """
         with _configured():
-            pool = redis.BlockingConnectionPool.from_url(
+            pool = connections.pool(
                 redis_url,
                 max_connections=CONNECTIONS,
                 socket_timeout=WORKER_ANSWER_S,

@@ -24,6 +24,7 @@ from redis.exceptions import RedisError
 
 from servetune.adapters.versions import Alias, Erasure, Manifest, version_name
 from servetune.clients.types import Event
+from servetune.server import connections
 from servetune.server.buffer import BufferUnavailable
 
 MOST_EVENTS = 20_000  # of one adapter, about; a step takes some 400 bytes
@@ -74,7 +75,7 @@ class Recorder:
     def connect(cls, redis_url: str) -> Recorder:
         """A recorder on the Redis at `redis_url`, which need not be up."""
         again = redis.retry.Retry(NoBackoff(), 1)  # a connection that nobody used for long may be gone
-        pool = redis.ConnectionPool.from_url(redis_url, retry=again, **TIMEOUTS)
+        pool = connections.pool(redis_url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=again, **TIMEOUTS)
         return cls(redis.Redis.from_pool(pool))
 
     def record(self, adapter: str, kind: str, data: Mapping[str, Any]) -> None:
@@ -101,7 +102,7 @@ class History:
     def connect(cls, redis_url: str) -> History:
         """The histories in the Redis at `redis_url`, which need not be up."""
         again = redis.asyncio.retry.Retry(NoBackoff(), 1)
-        pool = redis.asyncio.BlockingConnectionPool.from_url(
+        pool = connections.async_pool(
             redis_url, max_connections=CONNECTIONS, timeout=ANSWER_S, retry=again, **TIMEOUTS
         )
         return cls(redis.asyncio.Redis.from_pool(pool))

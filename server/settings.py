@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import parse_qs, urlsplit
 
 from platformdirs import user_data_path
 from pydantic import BaseModel, Field, SecretStr
@@ -18,6 +19,7 @@ from pydantic_settings import (
 
 from servetune.clients.types import AdapterName
 
+PASSWORDS = ("password", "sentinel_password", "ssl_password")  # in the query of a Redis URL
 SECRETS = {"api_keys", "adapter_keys", "admin_key", "buffer_key"}
 
 
@@ -92,7 +94,11 @@ class Settings(BaseSettings):
     )
 
     # buffer
-    redis_url: str | None = Field(None, description="default: the embedded Valkey under the home")
+    redis_url: str | None = Field(
+        None,
+        description="redis://, rediss://, unix:// or redis+sentinel://HOST,HOST/SERVICE; "
+        "default: the embedded Valkey under the home",
+    )
     buffer_key: SecretStr | None = Field(None, description="base64 key of stored images; default: home/buffer.key")
     buffer_queries: int = Field(10_000, ge=1)
     buffer_bytes: int = Field(1_000_000_000, ge=1)
@@ -161,8 +167,22 @@ class Setting(BaseModel):
 def resolved(**flags: Any) -> list[Setting]:
     """All settings, and where each comes from. Of secrets only whether there are any."""
     settings, origins = Settings(**flags), Settings.origins() | dict.fromkeys(flags, "flag")
-    values = settings.without_secrets() | {name: bool(getattr(settings, name)) for name in SECRETS}
+    values = settings.without_secrets() | {
+        "redis_url": settings.redis_url and without_password(settings.redis_url)
+    }
+    values |= {name: bool(getattr(settings, name)) for name in SECRETS}
     return [
         Setting(setting=name, value=values[name], source=origins.get(name, "default"))
         for name in Settings.model_fields
     ]
+
+
+def without_password(url: str) -> str:
+    """A URL fit to be shown."""
+    parts = urlsplit(url)
+    user, at, _ = parts.netloc.rpartition("@")
+    shown = url.replace(f"{user}@", f"{user.partition(':')[0]}:***@", 1) if at and ":" in user else url
+    for name in PASSWORDS:
+        for value in parse_qs(parts.query).get(name, []):
+            shown = shown.replace(f"{name}={value}", f"{name}=***")
+    return shown
