@@ -5,9 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 TYPES := .cache/types/servetune
+DOCS := .cache/docs
 FOLDERS := server adapters clients nano evals
 
-.PHONY: setup serve test check format lint types audit demo bench promises soak nano clean
+.PHONY: setup serve test check format lint linked types audit docs reference demo bench promises soak nano clean
 
 setup: $(STAMP)  ## make the environment; a second call does nothing
 
@@ -24,7 +25,7 @@ serve: setup  ## start the server with the embedded model, an embedded Valkey an
 test: setup  ## the whole test suite
 	$(BIN)/python -m pytest
 
-check: format lint types audit test  ## what CI runs
+check: format lint types audit docs test  ## what CI runs
 
 format: setup
 	$(BIN)/ruff format --check .
@@ -33,14 +34,27 @@ lint: setup
 	$(BIN)/ruff check .
 	@test ! -x $(BIN)/hadolint || $(BIN)/hadolint Dockerfile
 
-types: setup
+linked:  ## the import namespace as one folder, for what reads it without importing
 	@mkdir -p $(TYPES)
 	@for f in servetune/*.py servetune/py.typed; do ln -sfn ../../../$$f $(TYPES)/; done
 	@for d in $(FOLDERS); do ln -sfn ../../../$$d $(TYPES)/$$d; done
+
+types: setup linked
 	MYPYPATH=.cache/types $(BIN)/mypy -p servetune
 
 audit: setup  ## no secret in the repository, no known vulnerability in what is installed
 	$(BIN)/python .ci/audit.py
+
+docs: $(DOCS)/.ready linked  ## the documentation as a site in .cache/site, with whatever is wrong in it an error
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+
+$(DOCS)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
+reference: setup  ## write the pages in docs/reference that tell of the API, the commands and the settings
+	$(BIN)/python -m docs.generate
 
 demo: setup  ## stream images of an unseen style through the API and plot what was learned
 	$(BIN)/python examples/demo.py
