@@ -25,6 +25,7 @@ from servetune.clients.errors import (
     UnsupportedMediaTypeError,
 )
 from servetune.clients.images import ImageSource
+from servetune.clients.replies import RawResponse
 from servetune.clients.types import (
     Adaptation,
     AdaptationStatus,
@@ -80,6 +81,7 @@ __all__ = [
     "Problem",
     "QueueFullError",
     "RateLimitError",
+    "RawResponse",
     "Series",
     "ServetuneError",
     "Timings",

@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import os
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx2
 
 from servetune.clients import calls
-from servetune.clients.drivers import Awaiting, Blocking, awaiting, awaiting_events, blocking, blocking_events
+from servetune.clients.drivers import (
+    Awaiting,
+    Blocking,
+    awaiting,
+    awaiting_events,
+    blocking,
+    blocking_events,
+    hearing,
+)
+from servetune.clients.replies import RawResponse, raw_response
 from servetune.clients.resources import Adaptation, Adapters, AsyncAdaptation, AsyncAdapters
 from servetune.clients.session import Session, is_loopback
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 DEFAULT_BASE_URL = "http://127.0.0.1:8000"
 
@@ -29,11 +43,17 @@ class _Options:
         admin_key: str | None = None,
         timeout: float | None = None,
         max_retries: int | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> Self:
-        """A client with other options over the same connections; closing either closes both."""
+        """A client with other options over the same connections; closing either closes both.
+
+        For a single call: `client.with_options(timeout=5, max_retries=0, headers={"X-Shop": "7"}).answer(...)`.
+        headers: sent beside those that are sent already. Raises ValueError as the constructor does.
+        """
         given = {"api_key": api_key, "admin_key": admin_key, "timeout": timeout, "max_retries": max_retries}
+        all_headers = {**self._session.headers, **(headers or {})}
         twin = copy.copy(self)
-        twin._session = replace(self._session, **_without_none(given))
+        twin._session = replace(self._session, headers=all_headers, **_without_none(given))
         return twin
 
     def __repr__(self) -> str:
@@ -48,8 +68,10 @@ class Client(_Options, Blocking):
         the routes of `adapters` and `adaptation`, which take no other but for its events and series.
     timeout: seconds to wait for a reply. max_retries: attempts beyond the first, after a broken
         connection, 408, 429, 5xx or while an earlier attempt is in flight.
+    headers: sent with every request, such as `traceparent` or what a proxy asks for; those of keys, bodies and
+        retries are the client's own.
     transport: how bytes travel: `httpx2.MockTransport` in tests, an `httpx2.HTTPTransport` of one's own.
-    Raises ValueError where the address or a key cannot be used.
+    Raises ValueError where the address, a key or a header cannot be used.
     """
 
     def __init__(
@@ -60,9 +82,10 @@ class Client(_Options, Blocking):
         admin_key: str | None = None,
         timeout: float = 60.0,
         max_retries: int = 2,
+        headers: Mapping[str, str] | None = None,
         transport: httpx2.BaseTransport | None = None,
     ) -> None:
-        session = _session(base_url, api_key, admin_key, timeout, max_retries)
+        session = _session(base_url, api_key, admin_key, timeout, max_retries, headers)
         super().__init__(session, httpx2.Client(transport=transport, **_http_options(session)))
 
     answer = blocking(calls.answer)
@@ -72,6 +95,15 @@ class Client(_Options, Blocking):
     info = blocking(calls.info)
     ready = blocking(calls.ready)
     wait_for_version = blocking(calls.wait_for_version)
+
+    def raw(self, method: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> RawResponse[T]:
+        """Make a call, and get its result with status, headers and body of the response.
+
+        `client.raw(client.answer, "photo.png", "What is this?").headers`, also with methods of `adapters` and
+        `adaptation`. Raises what the method does, and TypeError where that gives an iterator.
+        """
+        with hearing() as heard:
+            return raw_response(method(*args, **kwargs), heard)
 
     @property
     def adapters(self) -> Adapters:
@@ -109,9 +141,10 @@ class AsyncClient(_Options, Awaiting):
         admin_key: str | None = None,
         timeout: float = 60.0,
         max_retries: int = 2,
+        headers: Mapping[str, str] | None = None,
         transport: httpx2.AsyncBaseTransport | None = None,
     ) -> None:
-        session = _session(base_url, api_key, admin_key, timeout, max_retries)
+        session = _session(base_url, api_key, admin_key, timeout, max_retries, headers)
         super().__init__(session, httpx2.AsyncClient(transport=transport, **_http_options(session)))
 
     answer = awaiting(calls.answer)
@@ -121,6 +154,18 @@ class AsyncClient(_Options, Awaiting):
     info = awaiting(calls.info)
     ready = awaiting(calls.ready)
     wait_for_version = awaiting(calls.wait_for_version)
+
+    async def raw(
+        self, method: Callable[P, Coroutine[Any, Any, T]], /, *args: P.args, **kwargs: P.kwargs
+    ) -> RawResponse[T]:
+        """Make a call, and get its result with status, headers and body of the response.
+
+        `client.raw(client.answer, "photo.png", "What is this?").headers`, also with methods of `adapters` and
+        `adaptation`. Raises what the method does, and TypeError where that gives an iterator.
+        """
+        with hearing() as heard:
+            made = method(*args, **kwargs)
+            return raw_response(await made if inspect.isawaitable(made) else made, heard)
 
     @property
     def adapters(self) -> AsyncAdapters:
@@ -144,7 +189,12 @@ class AsyncClient(_Options, Awaiting):
 
 
 def _session(
-    base_url: str | None, api_key: str | None, admin_key: str | None, timeout: float, max_retries: int
+    base_url: str | None,
+    api_key: str | None,
+    admin_key: str | None,
+    timeout: float,
+    max_retries: int,
+    headers: Mapping[str, str] | None,
 ) -> Session:
     return Session(
         base_url or os.environ.get("SERVETUNE_BASE_URL") or DEFAULT_BASE_URL,
@@ -152,6 +202,7 @@ def _session(
         admin_key or os.environ.get("SERVETUNE_ADMIN_KEY") or None,
         timeout,
         max_retries,
+        dict(headers or {}),
     )
 
 

@@ -12,7 +12,8 @@ import functools
 import inspect
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import aclosing, closing
+from contextlib import aclosing, closing, contextmanager
+from contextvars import ContextVar
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import httpx2
@@ -22,6 +23,26 @@ from servetune.clients.session import Feed, Pause, Rows, Session, Step, Steps, T
 P = ParamSpec("P")
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., Any])
+
+_heard: ContextVar[list[httpx2.Response] | None] = ContextVar("heard", default=None)
+
+
+@contextmanager
+def hearing() -> Iterator[list[httpx2.Response]]:
+    """A list of the responses that calls made inside of it get, in this thread or task."""
+    heard: list[httpx2.Response] = []
+    token = _heard.set(heard)
+    try:
+        yield heard
+    finally:
+        _heard.reset(token)
+
+
+def _hear(reply: httpx2.Response | httpx2.RequestError) -> httpx2.Response | httpx2.RequestError:
+    heard = _heard.get()
+    if heard is not None and isinstance(reply, httpx2.Response):
+        heard.append(reply)
+    return reply
 
 
 class Blocking:
@@ -48,7 +69,7 @@ class Blocking:
             case Work(do):
                 return do()
             case Transfer():
-                return self._transfer(step)
+                return _hear(self._transfer(step))
 
     def _transfer(self, step: Transfer) -> httpx2.Response | httpx2.RequestError:
         try:
@@ -88,7 +109,7 @@ class Awaiting:
             case Work(do):
                 return await asyncio.to_thread(do)
             case Transfer():
-                return await self._transfer(step)
+                return _hear(await self._transfer(step))
 
     async def _transfer(self, step: Transfer) -> httpx2.Response | httpx2.RequestError:
         try:

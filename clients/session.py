@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +31,15 @@ T_co = TypeVar("T_co", covariant=True)
 
 CONNECT_TIMEOUT_S = 5.0
 FIRST_DELAY_S, MAX_DELAY_S = 0.5, 8.0
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_OUR_HEADERS = {
+    "authorization": "give api_key or admin_key",
+    "idempotency-key": "give idempotency_key with the call",
+    "content-type": "bodies are JSON",
+    "content-length": "bodies have the length they have",
+    "host": "base_url names it",
+    "servetune-retry-count": "it counts attempts",
+}
 MAX_RETRY_AFTER_S = 120.0  # a server that asks for more has better be asked later, by the caller
 
 
@@ -107,6 +117,7 @@ class Session:
     admin_key: str | None = field(repr=False)
     timeout: float
     max_retries: int
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         try:
@@ -120,6 +131,11 @@ class Session:
             key = getattr(self, name)
             if key is not None and not (key.isascii() and key.isprintable() and key.strip() == key != ""):
                 raise ValueError(f"{name} must be printable ASCII without spaces around it")
+        for name, value in self.headers.items():
+            if name.lower() in _OUR_HEADERS:
+                raise ValueError(f"the header {name} is the client's own: {_OUR_HEADERS[name.lower()]}")
+            if not (_TOKEN.fullmatch(name) and value.isascii() and value.isprintable()):
+                raise ValueError(f"the header {name!r} cannot be sent: names and values are printable ASCII")
 
     def send(self, call: Call[T]) -> Steps[T]:
         """Send a call until it succeeds or retrying is pointless. Raises APIError."""
@@ -163,7 +179,10 @@ class Session:
         return error
 
     def _headers(self, call: Call[Any]) -> dict[str, str]:
-        headers = {"User-Agent": f"servetune-python/{version('servetune')}", "Accept": "*/*"}
+        ours = {"User-Agent": f"servetune-python/{version('servetune')}", "Accept": "*/*"}
+        replaced = {name.lower() for name in self.headers}
+        headers = {name: value for name, value in ours.items() if name.lower() not in replaced}
+        headers.update(self.headers)
         key = self.admin_key if call.admin else self.api_key
         if key is not None:
             headers["Authorization"] = f"Bearer {key}"

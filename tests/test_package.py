@@ -82,6 +82,28 @@ def test_the_base_install_names_what_the_server_needs(home_alone: Path, tmp_path
     assert "servetune[server]" in done.stderr
 
 
+@pytest.mark.parametrize("checker", ["mypy", "pyright"])
+def test_a_users_program_is_typed(checker: str, home_alone: Path, tmp_path: Path) -> None:
+    """Strictly, and against the wheel, as its users see it; a mistake in the program is found."""
+    program = tmp_path / "program.py"
+    program.write_text((ROOT / "tests/users_program.py").read_text())
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    python, tool = home_alone / "bin/python", Path(sys.executable).with_name(checker)
+    options = {
+        "mypy": ["--strict", f"--python-executable={python}", f"--cache-dir={tmp_path / 'cache'}"],
+        "pyright": ["--project", tmp_path, "--pythonpath", python],
+    }
+    run(tool, *options[checker], *([program] if checker == "mypy" else []), cwd=tmp_path)
+    program.write_text(program.read_text().replace("answer.answer\n", "answer.answr\n", 1))
+    wrong = subprocess.run(
+        [str(part) for part in (tool, *options[checker], *([program] if checker == "mypy" else []))],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert "answr" in wrong.stdout
+
+
 @pytest.fixture
 def served(home_alone: Path, tmp_path: Path) -> Iterator[str]:
     environment = {**os.environ, "SERVETUNE_HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
