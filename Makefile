@@ -46,7 +46,7 @@ audit: setup  ## no secret in the repository, no known vulnerability in what is 
 	$(BIN)/python .ci/audit.py
 
 docs: $(DOCS)/.ready linked  ## the documentation as a site in .cache/site, with whatever is wrong in it an error
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict
 
 $(DOCS)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(DOCS)
