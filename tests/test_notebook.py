@@ -35,6 +35,7 @@ def test_it_is_kept_without_what_it_printed() -> None:
     assert "ROUNDS = 12" in NOTEBOOK.read_text(), "which the test below makes fewer"
 
 
+@pytest.mark.timeout(900)
 def test_it_runs_and_something_is_learned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the cheapest learner and small steps: what is shown here is that the notebook works."""
     for name, value in {"LEARNER": "frequency", "QUERIES_PER_STEP": 4, "STEPS_PER_CANDIDATE": 1}.items():

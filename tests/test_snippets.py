@@ -30,7 +30,8 @@ from servetune.cli import app
 from servetune.server.settings import Settings
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+ASIDE = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", ROOT / "nano/MODEL_CARD.md"]
+DOCUMENTS = [*ASIDE, *sorted((ROOT / "docs").rglob("*.md"))]
 PICTURES = ROOT / "examples/images/fluent-emoji-flat"
 NOT_RUN = re.compile(r"<!-- not run: (.+) -->")
 RUN = {"bash", "python"}
@@ -184,7 +185,7 @@ def lay_out(folder: Path) -> None:
     for part in ("examples", "deploy", "docs", "benchmarks", "Makefile", "pyproject.toml"):
         (folder / part).symlink_to(ROOT / part)
     (folder / ".venv").symlink_to(sys.prefix)
-    for own in ("photo", "private", "blurred"):
+    for own in ("photo", "private", "blurred", "dog"):
         shutil.copy(PICTURES / "airplane.png", folder / f"{own}.png")
     lines = []
     for label in ("airplane", "rocket", "sailboat"):
@@ -222,6 +223,7 @@ def runnable(document: Path) -> list[Snippet]:
     return [each for each in snippets(document) if each.language in RUN and not each.excuse]
 
 
+@pytest.mark.timeout(900)  # a minute, and much more on a machine that has other things to do
 @pytest.mark.parametrize("document", [each for each in DOCUMENTS if runnable(each)], ids=name)
 def test_snippets_run_in_their_order(document: Path, reader: Reader) -> None:
     steps = [
