@@ -323,9 +323,16 @@ class BufferStatus(Result):
 
 
 class WorkerStatus(Result):
-    """The last word of the worker; `state` is `absent` when its heartbeat is older than its lease."""
+    """The last word of the worker; `state` is `absent` when its heartbeat is older than its lease.
 
-    state: Literal["absent", "idle", "learning", "paused", "degraded"]
+    While it is `waiting`, for its `window` or its `budget`, `note` says so to people; `waits_until` is in seconds
+    since 1970.
+    """
+
+    state: Literal["absent", "idle", "learning", "waiting", "paused", "degraded"]
+    waits_for: Literal["window", "budget"] | None = None
+    waits_until: float | None = None
+    note: str | None = None
     version: str | None = None
     steps: int = 0
     last_step: dict[str, float] = {}
@@ -348,8 +355,9 @@ class AdaptationStatus(Result):
 class Event(Result):
     """Something that happened to an adapter, with numbers and names and nothing that anybody sent.
 
-    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `pause`, `resume` or
-    `erase`; `status`, which has no id and is not kept, says how things stand. `time` is in seconds since 1970.
+    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `pause`, `resume`,
+    `erase`, `degraded` or `base_mismatch`; `status`, which has no id and is not kept, says how things stand.
+    `time` is in seconds since 1970.
     """
 
     id: str | None = None

@@ -31,6 +31,7 @@ from servetune.server.quota import Quota
 from servetune.server.service import Services
 from servetune.server.settings import Settings
 from servetune.server.watch import Watches
+from servetune.server.webhook import Messenger, Webhook
 
 
 class UndeclaredScope(RuntimeError):
@@ -84,12 +85,24 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     own_redis = services.settings.redis_url is None
     buffers = partial(_buffers, lines)
     compacting = asyncio.create_task(lines.first.buffer.keep_compact(buffers)) if own_redis else None
+    messenger = _messenger(services)
+    telling = asyncio.create_task(messenger.run()) if messenger else None
     yield
+    if telling:
+        telling.cancel()
+        await asyncio.wait({telling})  # it lets another replica send
     if compacting:
         compacting.cancel()
     await services.answers.drain()
     await services.history.close()
     await lines.stop()
+
+
+def _messenger(services: Services) -> Messenger | None:
+    webhook = Webhook.from_settings(services.settings)
+    if webhook is None:
+        return None
+    return Messenger(services.history, webhook, services.lines.names, services.metrics)
 
 
 def _buffers(lines: Lines) -> list[QueryBuffer]:

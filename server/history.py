@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -20,7 +20,7 @@ import redis.asyncio.retry
 import redis.retry
 import structlog
 from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
+from redis.exceptions import LockError, RedisError
 
 from servetune.adapters.versions import Alias, Erasure, Manifest, version_name
 from servetune.clients.types import Event
@@ -55,6 +55,8 @@ class Patience:
             raise BufferUnavailable("Redis was down a moment ago")
         try:
             yield
+        except LockError:  # Redis is there, and says no
+            raise
         except (RedisError, OSError) as error:
             self._again = time.monotonic() + RETRY_S
             if not self._down:
@@ -136,6 +138,10 @@ class History:
             return f"{time.time() * 1000:.0f}-0"
         return events[-1].id or START if events else START
 
+    def bookmark(self, reader: str, lease_s: float) -> Bookmark:
+        """Where a reader is who reads every event once."""
+        return Bookmark(self._redis, self._ask, reader, lease_s)
+
     async def ended(self, within_s: float) -> bool:
         """Whether the server begins to end, after waiting so long at most."""
         with suppress(TimeoutError):
@@ -161,6 +167,64 @@ class History:
     async def _ask(self, command: Callable[..., Any], *args: Any, **options: Any) -> Any:
         with self._patience.asked():
             return await command(*args, **options)
+
+
+class Bookmark:
+    """How far a reader is in every history, for processes of which one at a time reads as it.
+
+    Kept in Redis, so that the next one goes on where the last one stopped. Every method raises BufferUnavailable.
+    """
+
+    def __init__(
+        self, client: redis.asyncio.Redis, ask: Callable[..., Awaitable[Any]], reader: str, lease_s: float
+    ) -> None:
+        self._redis = client
+        self._ask = ask
+        self._reader = reader
+        self._held = False
+        self._turn = client.lock(f"servetune:{reader}:turn", timeout=lease_s, blocking=False, thread_local=False)
+
+    async def mine(self) -> bool:
+        """Be the one that reads, or stay so, for another lease; False where another process is."""
+        try:
+            self._held = self._held and bool(await self._ask(self._turn.reacquire))
+        except LockError:  # it ran out, and somebody else may have it
+            self._held = False
+        self._held = self._held or bool(await self._ask(self._turn.acquire))
+        return self._held
+
+    async def place(self, adapter: str) -> str:
+        """The event after which to read; at the first time the newest, since what was is not news."""
+        if (found := await self._ask(self._redis.get, self._key(adapter))) is None:
+            newest = await self._ask(self._redis.xrevrange, _key(adapter), count=1)
+            start = newest[0][0] if newest else START
+            await self._ask(self._redis.set, self._key(adapter), start, nx=True)
+            found = await self._ask(self._redis.get, self._key(adapter))
+        return found.decode() if found else START
+
+    async def move(self, adapter: str, id: str) -> bool:
+        """Be done with an event; False where it is no longer this process that reads."""
+        if not await self.mine():
+            return False
+        await self._ask(self._redis.set, self._key(adapter), id)
+        return True
+
+    async def first(self, adapter: str, what: str, id: str, within_s: float) -> bool:
+        """Whether an event is the first of its sort within a time, however often that is asked of it."""
+        key = f"{self._key(adapter)}:{what}"
+        if await self._ask(self._redis.set, key, id, nx=True, px=round(within_s * 1000)):
+            return True
+        return bool(await self._ask(self._redis.get, key) == id.encode())
+
+    async def leave(self) -> None:
+        """Let another process read."""
+        if self._held:
+            self._held = False
+            with suppress(LockError):
+                await self._ask(self._turn.release)
+
+    def _key(self, adapter: str) -> str:
+        return f"servetune:{{{adapter}}}:place:{self._reader}"
 
 
 ACTS = {

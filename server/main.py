@@ -114,7 +114,7 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
         access_log=False,
         timeout_graceful_shutdown=25,
     )
-    beside = asyncio.create_task(_supervise_worker(settings, redis_url)) if settings.worker else None
+    beside = asyncio.create_task(_supervise_worker(settings, redis_url, history)) if settings.worker else None
     server = _Server(config, beside, history)
     announce = asyncio.create_task(_announce(server, settings))
     try:
@@ -199,7 +199,7 @@ def _picture_to_try() -> str:
     return str(EXAMPLE) if EXAMPLE.exists() else "photo.png"
 
 
-async def _supervise_worker(settings: Settings, redis_url: str) -> None:
+async def _supervise_worker(settings: Settings, redis_url: str, history: History) -> None:
     """Keep one worker running; a crash of learning is not a crash of serving."""
     # Through a pipe: everyone can read a command line, and a Redis URL may hold a password.
     flags = settings.without_secrets()
@@ -222,6 +222,7 @@ async def _supervise_worker(settings: Settings, redis_url: str) -> None:
             raise
         pause = RESTART_S[0] if time.monotonic() - began > longest else min(2 * pause, longest)
         log.error("worker_ended", exit_code=code, restart_in_s=pause)
+        history.record(settings.adapter, "degraded", {"error": "worker_ended", "exit_code": code})
         await asyncio.sleep(pause)
 
 

@@ -113,6 +113,7 @@ class Metrics:
             "adapter gate result",
         )
         self.rollbacks = self._counter("rollbacks", "Times that `live` was moved back", "adapter cause")
+        self.webhook = self._counter("webhook_deliveries", "Alerts by what became of them", "outcome")
         self.registry.register(self._truth)
 
     def expose(self, readings: Sequence[Reading], accept: str) -> tuple[bytes, str]:
@@ -240,6 +241,11 @@ class _Truth(Collector):
     def _learning(self) -> Iterator[Metric]:
         yield self._gauge("worker_up", "Whether a worker reports", lambda r: r.status.worker.state != "absent")
         yield self._gauge("learning_paused", "Whether an operator paused learning", lambda r: r.status.paused)
+        yield self._gauge(
+            "learning_waiting",
+            "Whether learning waits for its window or its share of the processors",
+            lambda r: r.status.worker.state == "waiting",
+        )
         yield self._gauge(
             "staleness_versions", "Versions between what the worker builds on and `live`", lambda r: r.staleness
         )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qs, urlsplit
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from platformdirs import user_data_path
-from pydantic import BaseModel, Field, SecretStr
+from pydantic import BaseModel, Field, SecretStr, field_validator
 from pydantic_settings import (
     BaseSettings,
     EnvSettingsSource,
@@ -18,9 +20,11 @@ from pydantic_settings import (
 )
 
 from servetune.clients.types import AdapterName
+from servetune.server.quiet import CpuBudget, Quiet, Windows
 
 PASSWORDS = ("password", "sentinel_password", "ssl_password")  # in the query of a Redis URL
-SECRETS = {"api_keys", "adapter_keys", "admin_key", "buffer_key"}
+SECRETS = {"api_keys", "adapter_keys", "admin_key", "buffer_key", "webhook_url", "webhook_secret"}
+_WEB_ADDRESS = re.compile(r"https?://[!-~]{1,2000}", re.IGNORECASE)
 
 
 def _default_threads(share: float) -> int:
@@ -128,6 +132,46 @@ class Settings(BaseSettings):
     kl_coefficient: float = Field(0.04, ge=0)
     seed: int = 0
 
+    # quiet operation
+    learn_windows: str | None = Field(
+        None, description="times of the day to learn in: 22:00-06:00,12:30-13:00; default: any"
+    )
+    learn_timezone: str | None = Field(
+        None, description="of the windows, such as Europe/Berlin; default: as the machine is set"
+    )
+    learn_cpu_share: float | None = Field(
+        None, gt=0, le=1, description="of `worker_threads` over a minute that slides; default: whatever is idle"
+    )
+
+    # alerts
+    webhook_url: SecretStr | None = Field(
+        None, description="told of rollbacks, collapse, drift and a worker in trouble; an address may hold a key"
+    )
+    webhook_secret: SecretStr | None = Field(None, description="signs what is sent there")
+
+    @field_validator("learn_timezone")
+    @classmethod
+    def _a_timezone(cls, name: str | None) -> str | None:
+        try:
+            ZoneInfo(name or "UTC")
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError("no time zone has that name: write one such as Europe/Berlin or UTC") from None
+        return name
+
+    @field_validator("learn_windows")
+    @classmethod
+    def _windows(cls, text: str | None) -> str | None:
+        if text is not None:
+            Windows.parse(text)
+        return text
+
+    @field_validator("webhook_url")
+    @classmethod
+    def _an_address(cls, url: SecretStr | None) -> SecretStr | None:
+        if url is not None and not _WEB_ADDRESS.fullmatch(url.get_secret_value()):
+            raise ValueError("give an address that begins with https:// or http://")
+        return url
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -150,6 +194,14 @@ class Settings(BaseSettings):
         target = self.home.joinpath(*parts)
         target.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         return target
+
+    def quiet(self) -> Quiet:
+        """When learning must wait."""
+        zone = ZoneInfo(self.learn_timezone) if self.learn_timezone else None
+        return Quiet(
+            windows=Windows.parse(self.learn_windows, zone) if self.learn_windows else None,
+            budget=CpuBudget(self.learn_cpu_share, self.worker_threads) if self.learn_cpu_share else None,
+        )
 
     def without_secrets(self) -> dict[str, Any]:
         """The resolved settings, fit to print."""

@@ -128,7 +128,13 @@ class Watch:
             "created": reading.created,
             "live": status.live,
             "lag_versions": status.lag_versions,
-            "worker": {"state": worker.state, "version": worker.version, "steps": worker.steps},
+            "worker": {
+                "state": worker.state,
+                "version": worker.version,
+                "steps": worker.steps,
+                "waits_until": worker.waits_until,
+                "note": worker.note,
+            },
             "last_verdict": worker.last_verdict,
             "buffer": buffer | {"capacity": settings.buffer_queries},
             "requests": self._services.metrics.traffic.summary() | {"waiting": reading.waiting},
@@ -194,7 +200,7 @@ def mode(status: AdaptationStatus) -> str:
         return "degraded"
     if status.paused:
         return "paused"
-    return "absent" if status.worker.state == "absent" else "learning"
+    return status.worker.state if status.worker.state in ("absent", "waiting") else "learning"
 
 
 def _is_number(value: object) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import structlog
 
@@ -28,6 +29,7 @@ from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
 from servetune.server.history import Record, silent, version_event
+from servetune.server.quiet import Wait
 from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
@@ -129,6 +131,14 @@ class Worker:
         self._report("idle")
         return busy
 
+    def wait(self, why: Wait) -> None:
+        """In place of a turn: keep what it has, and say what it waits for."""
+        self._forget_erased()
+        if self._store.paused:
+            self._report("paused")
+        else:
+            self._report("waiting", why)
+
     def rests(self) -> bool:
         """Is there nothing that would be lost if it ended now?"""
         return not (self._leased or self.learner.unfinished)
@@ -136,6 +146,8 @@ class Worker:
     def fail(self, error: Exception) -> None:
         """After a turn that broke off: what was not settled comes back when its lease runs out."""
         log.error("turn_failed", adapter=self._store.name, error=type(error).__name__, detail=str(error))
+        if self._status.state != "degraded":  # told once, and not at every try
+            self._record("degraded", {"error": type(error).__name__})
         self._status = self._status.model_copy(update={"state": "degraded", "error": str(error)})
         self._leased, self._held, self._gathered, self._adrift = [], [], [], True
 
@@ -418,7 +430,12 @@ class Worker:
         self._status = self._status.model_copy(update={"last_step": numbers, "steps": self.learner.steps})
         self._record("step", {"step": self.learner.steps, "seconds": round(seconds, 4), **numbers})
 
-    def _report(self, state: str) -> None:
-        update = {"state": state, "error": None, "version": version_name(self._live.version)}
+    def _report(self, state: str, why: Wait | None = None) -> None:
+        update: dict[str, Any] = {"state": state, "error": None, "version": version_name(self._live.version)}
+        update |= {
+            "waits_for": why and why.reason,
+            "waits_until": why and why.until,
+            "note": why and why.note,
+        }
         self._status = self._status.model_copy(update=update)
         self._stream.report(self._status)

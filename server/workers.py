@@ -24,6 +24,7 @@ from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryStream
 from servetune.server.history import silent
 from servetune.server.model import Stores, worker_lock
+from servetune.server.quiet import Quiet
 from servetune.server.settings import Settings
 from servetune.server.worker import POLL_S, SLOTS, Worker
 
@@ -50,6 +51,7 @@ class Workers:
 
     Args:
         record: is told what happens to which adapter, in the words of `history`.
+        quiet: says when learning must wait; by default as the settings do.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Workers:
         stream: QueryStream,
         audit: AuditLog,
         record: Callable[[str, str, Mapping[str, Any]], None] | None = None,
+        quiet: Quiet | None = None,
     ) -> None:
         self._settings = settings
         self._policy = policy
@@ -67,6 +70,7 @@ class Workers:
         self._stream = stream
         self._audit = audit
         self._record = record
+        self._quiet = quiet or settings.quiet()
         self._places: dict[str, _Place] = {}
         self._free = [SLOTS]
         self._left: dict[str, float] = {}  # when adapters last gave up a place
@@ -93,11 +97,22 @@ class Workers:
             if time.monotonic() < place.pauses_until:
                 continue
             try:
-                busy |= place.worker.turn(wait_s)
+                busy |= self._turn(place.worker, wait_s)
             except BROKEN as error:
                 place.worker.fail(error)
                 place.pauses_until = time.monotonic() + RETRY_S
         return busy
+
+    def _turn(self, worker: Worker, wait_s: float) -> bool:
+        """One unit of work, unless it must wait. Returns whether there is more to do at once."""
+        if why := self._quiet.wait():
+            worker.wait(why)
+            return False
+        self._quiet.begin()
+        try:
+            return worker.turn(wait_s)
+        finally:
+            self._quiet.end()
 
     # --- places --------------------------------------------------------------------------------------
 

@@ -23,7 +23,7 @@ COLUMNS: dict[type[BaseModel], tuple[str, ...]] = {
     VersionInfo: ("version", "parent", "origin", "label", "created", "num_queries", "metrics"),
     AuditEntry: ("timestamp", "event", "actor", "request_id", "details"),
 }
-MOMENTS = frozenset({"created", "timestamp"})
+MOMENTS = frozenset({"created", "timestamp", "waits_until"})
 
 
 class Output(StrEnum):

@@ -75,7 +75,8 @@ class View:
         speed = f"{requests['per_s']:.1f}/s"
         if requests.get("p50_s") is not None:
             speed += f"  p50 {1e3 * requests['p50_s']:.0f} ms  p95 {1e3 * requests['p95_s']:.0f} ms"
-        facts = f"{status['serving']}{lag}  {status['mode']}  {kept}  {speed}"
+        mode = status.get("worker", {}).get("note") or status["mode"]
+        facts = f"{status['serving']}{lag}  {mode}  {kept}  {speed}"
         return Text.assemble((self._adapter, "bold"), "  ", facts)
 
     def _drawn(self) -> Table:

@@ -114,7 +114,13 @@ async def test_how_things_stand_is_told_on_request_and_without_an_id(world: Worl
     assert (status.kind, status.id) == ("status", None)
     data = status.data
     assert (data["mode"], data["serving"], data["lag_versions"]) == ("learning", "v0002", 0)
-    assert data["worker"] == {"state": "idle", "version": "v0001", "steps": 7}
+    assert data["worker"] == {
+        "state": "idle",
+        "version": "v0001",
+        "steps": 7,
+        "waits_until": None,
+        "note": None,
+    }
     assert data["last_verdict"] == ACCEPTED
     assert data["buffer"]["waiting"] == 1
     assert data["requests"]["per_s"] > 0

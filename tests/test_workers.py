@@ -6,12 +6,15 @@ import asyncio
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 import pytest
 
 from servetune.adapters.policy import Policy
+from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.model import Stores, worker_lock
+from servetune.server.quiet import CpuBudget, Quiet, Windows
 from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.workers import Workers
@@ -34,6 +37,7 @@ class Class:
     def __init__(self, settings: Settings, policy: Policy, url: str) -> None:
         self.settings, self._policy, self._url = settings, policy, url
         self.stores = Stores(settings, policy)
+        self.quiet: Quiet | None = None
         self._stop, self._thread = threading.Event(), threading.Thread()
         self.workers: Workers | None = None
 
@@ -50,7 +54,7 @@ class Class:
     def _learn(self) -> None:
         audit = AuditLog(self.settings.path("audit.jsonl"))
         with open_stream(self.settings, self._url) as stream:
-            self.workers = Workers(self.settings, self._policy, self.stores, stream, audit)
+            self.workers = Workers(self.settings, self._policy, self.stores, stream, audit, quiet=self.quiet)
             self.workers.run(self._stop)
 
     def ask(self, adapter: str, start: int = 0) -> None:
@@ -71,6 +75,15 @@ class Class:
             async with open_buffer(self.settings.model_copy(update={"adapter": adapter}), self._url) as buffer:
                 status = await buffer.status()
                 return (await buffer.read_worker()).state, status.waiting + status.pending
+
+        return asyncio.run(look())
+
+    def status(self, adapter: str) -> WorkerStatus:
+        """The worker's last heartbeat."""
+
+        async def look() -> WorkerStatus:
+            async with open_buffer(self.settings.model_copy(update={"adapter": adapter}), self._url) as buffer:
+                return await buffer.read_worker()
 
         return asyncio.run(look())
 
@@ -176,3 +189,42 @@ def test_a_busy_one_gives_its_place_up_in_time(lesson: Class, monkeypatch: pytes
     lesson.ask(other, start=200)
     eventually(lambda: lesson.workers is not None and list(lesson.workers._places) == [other], within_s=30)
     assert lesson.heard(first)[1] > 0, "what it had not finished is back"
+
+
+def test_outside_of_its_window_it_waits_and_says_so(lesson: Class) -> None:
+    name, hour = lesson.settings.adapter, 3600.0
+    now = 12 * hour
+    lesson.quiet = Quiet(Windows.parse("22:00-06:00", ZoneInfo("UTC")), clock=lambda: now)
+    lesson.ask(name)
+    lesson.start()
+    eventually(lambda: lesson.heard(name) == ("waiting", BATCH), 20)
+    assert lesson.live(name) == 0
+    status = lesson.status(name)
+    assert (status.waits_for, status.waits_until) == ("window", 22 * hour)
+    assert status.note == "waiting for its window until 22:00"
+    lesson.stores.at(name).set_paused(True)
+    eventually(lambda: lesson.heard(name)[0] == "paused", 20)
+    lesson.stores.at(name).set_paused(False)
+    now = 22 * hour
+    eventually(lambda: lesson.heard(name) == ("idle", 0), 20)
+    assert lesson.live(name) == 1
+    assert lesson.status(name).note is None
+
+
+def test_a_unit_of_work_is_charged_to_its_share(lesson: Class) -> None:
+    name, now, used = lesson.settings.adapter, 0.0, 0.0
+
+    def process() -> float:
+        nonlocal used
+        used += 7.0  # at every look: a unit takes as much
+        return used
+
+    budget = CpuBudget(0.1, 1, clock=lambda: now)
+    lesson.quiet = Quiet(budget=budget, clock=lambda: now, spent=process)
+    lesson.ask(name)
+    lesson.start()
+    eventually(lambda: lesson.heard(name)[0] == "waiting", 20)
+    status = lesson.status(name)
+    assert (status.waits_for, status.waits_until) == ("budget", 70.0)
+    now = 70.0
+    eventually(lambda: lesson.status(name).waits_until == 140.0, 20)

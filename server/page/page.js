@@ -7,7 +7,7 @@ import { LearningCharts, ServingCharts } from "./charts.js";
 import { $, duration, durations, el, number, percent, say } from "./dom.js";
 import { Timeline } from "./timeline.js";
 
-const MODES = { learning: "learning", paused: "paused", absent: "no worker", degraded: "degraded" };
+const MODES = { learning: "learning", paused: "paused", waiting: "waiting", absent: "no worker", degraded: "degraded" };
 const CONNECTION = { live: "live", lost: "reconnecting…", locked: "a key is needed", missing: "no such adapter" };
 const ROWS = 20;
 
@@ -100,7 +100,7 @@ function showStatus() {
   const kept = buffer.connected ? `${number(entries)} · ${percent(entries / buffer.capacity)}` : "unreachable";
   vital("Serving", status.serving);
   showAge();
-  vital("Mode", MODES[status.mode], status.mode);
+  vital("Mode", (status.mode === "waiting" && worker.note) || MODES[status.mode], status.mode);
   vital("Lag", status.lag_versions === 1 ? "1 version" : `${status.lag_versions} versions`, status.lag_versions ? "degraded" : "");
   vital("Steps", number(worker.steps));
   vital("Queue", number(requests.waiting));
