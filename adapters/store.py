@@ -37,6 +37,7 @@ from servetune.adapters.versions import (
     ErasedQuery,
     Erasure,
     ForeignStore,
+    ForeignVersion,
     Manifest,
     NameTaken,
     Origin,
@@ -97,7 +98,13 @@ class AdapterStore:
         return read_manifest(written, version)
 
     def weights(self, version: int) -> dict[str, Tensor]:
-        """The weights of a version, verified with its configuration. Raises UnknownVersion, CorruptVersion."""
+        """The weights of a version, verified with its configuration.
+
+        Raises:
+            UnknownVersion, CorruptVersion: nothing servable is there.
+            ForeignVersion: it was made for a base that the adapter had before.
+        """
+        self._expect_fit(version)
         self._verified(version, CONFIG)
         return self._tensors(version, WEIGHTS)
 
@@ -156,9 +163,7 @@ class AdapterStore:
 
     def fits(self, config: Mapping[str, Any], base_digest: str) -> bool:
         """Whether its versions are of this base model and shape. Raises UnknownVersion, CorruptVersion."""
-        made = self.manifest(BASE)
-        wanted = (base_digest, config["r"], config["target_modules"])
-        return (made.base_digest, made.rank, made.target_modules) == wanted
+        return self.manifest(BASE).fit == (base_digest, config["r"], config["target_modules"])
 
     # --- writing -------------------------------------------------------------------------------------
 
@@ -178,14 +183,45 @@ class AdapterStore:
             if BASE not in self.versions():
                 draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
                 self._write(BASE, draft, config, base_digest)
-                self._write_aliases(
-                    {"aliases": {"live": BASE, "last-good": BASE}, "generation": 1, "promoted": [BASE]}
-                )
+                if not self._read_aliases()["aliases"]:  # there are some where `rebase` was cut short
+                    self._write_aliases(
+                        {"aliases": {"live": BASE, "last-good": BASE}, "generation": 1, "promoted": [BASE]}
+                    )
         if not self.fits(config, base_digest):
             raise ForeignStore(
                 f"adapter {self.name!r} in {self.folder} was made for another base model or adapter shape: "
-                "choose another --adapter name, or another home"
+                f"`servetune adapters rebase {self.name}` begins it again on this one and keeps its versions "
+                "listed; or choose another --adapter name, or another home"
             )
+
+    def rebase(
+        self, zero: Mapping[str, Tensor], config: dict[str, Any], base_digest: str, probe: tuple[float, ...]
+    ) -> Manifest | None:
+        """Begin again on another base or shape: its zero adapter becomes version 0 and, as a new version, live.
+
+        What was learned on the base before stays as it is and can be exported, but not served. Cut short at any
+        point, it is to be called again.
+
+        Returns:
+            the new version, None where the adapter is of this base already.
+        """
+        with self._lock():
+            if self.fits(config, base_digest):
+                return None
+            was = self.manifest(BASE).base_digest
+            draft = Draft(
+                weights=zero,
+                origin="reset",
+                parent=BASE,
+                probe=probe,
+                generation=self.live().generation,
+                metadata={"base_before": was},
+            )
+            made = self._write(self._newest() + 1, draft, config, base_digest)
+            self._move_live(made.version, None, last_good=made.version)
+            self._remove([BASE])
+            self._write(BASE, Draft(weights=zero, origin="base", parent=None, probe=probe), config, base_digest)
+            return made
 
     def publish(self, draft: Draft) -> Manifest:
         """Write a new immutable version; no alias moves. Raises ErasedQuery."""
@@ -199,9 +235,11 @@ class AdapterStore:
 
         Raises:
             UnknownVersion, CorruptVersion: nothing servable is there.
+            ForeignVersion: it was made for a base that the adapter had before.
             AliasMoved: `live` is no longer at `expected_generation`.
         """
         with self._lock():
+            self._expect_fit(version)
             self._verified(version, WEIGHTS)
             return self._move_live(version, expected_generation)
 
@@ -209,10 +247,11 @@ class AdapterStore:
         """Move `live` back to an existing version, by default to `last-good`, which that version then is.
 
         Raises:
-            UnknownVersion, CorruptVersion, AliasMoved: as `promote`.
+            UnknownVersion, CorruptVersion, ForeignVersion, AliasMoved: as `promote`.
         """
         with self._lock():
             target = self.aliases()["last-good"] if to is None else to
+            self._expect_fit(target)
             self._verified(target, WEIGHTS)
             return self._move_live(target, expected_generation, last_good=target)
 
@@ -237,7 +276,7 @@ class AdapterStore:
         """Publish the weights of `to` (default: the zero adapter) as a new version and make it live.
 
         Raises:
-            UnknownVersion, CorruptVersion, AliasMoved: as `promote`.
+            UnknownVersion, CorruptVersion, ForeignVersion, AliasMoved: as `promote`.
         """
         with self._lock():
             self._expect(expected_generation)
@@ -324,9 +363,16 @@ class AdapterStore:
     def _is_whole(self, version: int) -> bool:
         try:
             self.weights(version)
-        except CorruptVersion:
+        except (CorruptVersion, ForeignVersion):
             return False
         return True
+
+    def _expect_fit(self, version: int) -> None:
+        if self.manifest(version).fit != self.manifest(BASE).fit:
+            raise ForeignVersion(
+                f"{version_name(version)} was made for another base model or shape of adapter, which {self.name} "
+                "had before: it can be looked at and exported, but not served. Learn again on the present one"
+            )
 
     def _parent(self, version: int) -> int:
         return self.manifest(version).parent or BASE

@@ -61,6 +61,10 @@ class ForeignStore(StoreError):
     code = "adapter_incompatible"
 
 
+class ForeignVersion(ForeignStore):
+    """A version was made for the base, or the shape of adapter, that its line had before."""
+
+
 @dataclass(frozen=True, slots=True)
 class Alias:
     """Where `live` points, and how often it has been moved."""
@@ -99,6 +103,11 @@ class Manifest:
     gate: dict[str, Any] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def fit(self) -> tuple[str, int, str]:
+        """What a version must share with version 0 to be served: the base model and the shape of the adapter."""
+        return self.base_digest, self.rank, self.target_modules
 
 
 @dataclass(frozen=True, slots=True)

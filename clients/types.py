@@ -239,7 +239,8 @@ Steps = Annotated[tuple[int, int], WithJsonSchema(_TWO)]
 class VersionInfo(Result):
     """An immutable version of an adapter, as its manifest describes it.
 
-    `temperature` divides its log-probabilities before they are shown as confidence.
+    `temperature` divides its log-probabilities before they are shown as confidence. One that is not `servable` was
+    made for a base model, of that `base_digest`, which its adapter had before.
     """
 
     version: str
@@ -251,6 +252,7 @@ class VersionInfo(Result):
     base_digest: str
     rank: int
     target_modules: list[str] | str
+    servable: bool = True
     step_range: Steps | None = None
     num_queries: int = 0
     temperature: float = 1.0

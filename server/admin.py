@@ -165,8 +165,7 @@ async def list_versions(
 @router.get("/adapters/{name}/versions/{version}")
 async def get_version(line: NamedDep, version: AdapterChoice) -> VersionInfo:
     """One version, by number or alias."""
-    store = line.store
-    return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
+    return await asyncio.to_thread(lambda: _stored_info(line.store, line.store.resolve(version)))
 
 
 @router.get("/adapters/{name}/versions/{version}/export", response_class=Tar, responses={200: TAR})
@@ -338,7 +337,12 @@ def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page[V
         numbers = [number for number in numbers if number < seen]
     page = numbers[:limit]
     following = version_name(page[-1]) if len(numbers) > limit else None
-    return Page(data=[_version_info(store.manifest(number)) for number in page], next_cursor=following)
+    return Page(data=[_stored_info(store, number) for number in page], next_cursor=following)
+
+
+def _stored_info(store: AdapterStore, number: int) -> VersionInfo:
+    made = store.manifest(number)
+    return _version_info(made).model_copy(update={"servable": made.fit == store.manifest(BASE).fit})
 
 
 def _version_info(made: Manifest) -> VersionInfo:

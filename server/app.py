@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any
 
+import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
@@ -32,6 +33,8 @@ from servetune.server.service import Services
 from servetune.server.settings import Settings
 from servetune.server.watch import Watches
 from servetune.server.webhook import Messenger, Webhook
+
+log = structlog.get_logger(__name__)
 
 
 class UndeclaredScope(RuntimeError):
@@ -86,6 +89,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     buffers = partial(_buffers, lines)
     compacting = asyncio.create_task(lines.first.buffer.keep_compact(buffers)) if own_redis else None
     messenger = _messenger(services)
+    await _tell_of_foreign(services)
     telling = asyncio.create_task(messenger.run()) if messenger else None
     yield
     if telling:
@@ -96,6 +100,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     await services.answers.drain()
     await services.history.close()
     await lines.stop()
+
+
+async def _tell_of_foreign(services: Services) -> None:
+    """Adapters that were made for another base are not served; somebody should know."""
+    if foreign := await services.lines.foreign():
+        log.warning("adapters_of_another_base", adapters=foreign, advice="servetune adapters rebase NAME")
+        services.history.record(services.lines.first.name, "base_mismatch", {"adapters": foreign})
 
 
 def _messenger(services: Services) -> Messenger | None:

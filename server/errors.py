@@ -21,6 +21,7 @@ from servetune.adapters.family import PromptTooLong, UnusableImage
 from servetune.adapters.versions import (
     AliasMoved,
     CorruptVersion,
+    ForeignVersion,
     NameTaken,
     StoreBusy,
     StoreError,
@@ -44,6 +45,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "model_not_found": (404, "No such model"),
     "method_not_allowed": (405, "The method is not allowed here"),
     "body_timeout": (408, "The body did not arrive in time"),
+    "adapter_incompatible": (409, "The adapter or version was made for another base model"),
     "name_taken": (409, "The name is reserved or in use"),
     "alias_moved": (409, "`live` has moved"),
     "idempotency_in_flight": (409, "A request with this Idempotency-Key is running"),
@@ -138,7 +140,7 @@ def as_service_error(error: Exception) -> ServiceError:
         case HTTPException():
             fallback = "bad_request" if error.status_code < 500 else "internal_error"
             return ServiceError(_BY_STATUS.get(error.status_code, fallback), headers=error.headers)
-        case UnknownVersion() | AliasMoved() | NameTaken():
+        case UnknownVersion() | AliasMoved() | NameTaken() | ForeignVersion():
             return ServiceError(error.code, str(error))
         case StoreBusy():
             return ServiceError("store_busy")

@@ -19,6 +19,10 @@ from servetune.server.model import Stores
 from servetune.server.settings import Settings
 from servetune.server.stage import Stage
 
+REBASE = (
+    "This adapter was made for another base model. Its operator begins it again on the present one with "
+    "`servetune adapters rebase NAME`, or serves the model that it was made for."
+)
 AT = "@"  # between an adapter and one of its aliases or versions
 
 
@@ -79,6 +83,10 @@ class Lines:
         """Of all adapters, whether they are in use or not."""
         return await asyncio.to_thread(self._stores.names)
 
+    async def foreign(self) -> list[str]:
+        """Of the adapters that the home holds for another base model."""
+        return await asyncio.to_thread(self._stores.foreign)
+
     def on_open(self, hear: Callable[[Line], None]) -> None:
         """Tell of every adapter that is in use, and of those that will be before they are asked."""
         self._hear.append(hear)
@@ -95,9 +103,11 @@ class Lines:
         return (line.store, line.engine) if line else (self._stores.at(name), None)
 
     async def find(self, name: str) -> Line:
-        """An adapter. Raises ServiceError `adapter_not_found`."""
+        """An adapter. Raises ServiceError `adapter_not_found`, `adapter_incompatible` for one of another base."""
         if name not in self._open:
             if name not in await self.names():
+                if name in await self.foreign():
+                    raise ServiceError("adapter_incompatible", REBASE)
                 raise ServiceError("adapter_not_found", "This server has no adapter of that name.")
             await self._open_line(name)
         return self._open[name]

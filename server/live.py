@@ -94,7 +94,7 @@ async def _place(watches: WatchesDep) -> AsyncIterator[None]:
     "/v1/adaptation/events",
     tags=["adaptation"],
     dependencies=[Depends(_place)],
-    responses=problems(401, 404, 422, 503),
+    responses=problems(401, 404, 409, 422, 503),
     response_class=EventSourceResponse,
 )
 async def events(
@@ -114,7 +114,7 @@ async def events(
             yield ServerSentEvent(data=event, event=event.kind, id=event.id)
 
 
-@router.get("/v1/adaptation/series", tags=["adaptation"], responses=problems(401, 404, 422, 503))
+@router.get("/v1/adaptation/series", tags=["adaptation"], responses=problems(401, 404, 409, 422, 503))
 async def series(
     line: LineDep,
     watches: WatchesDep,

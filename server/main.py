@@ -25,22 +25,24 @@ from typing import Any
 import structlog
 import transformers
 import uvicorn
+from pydantic import BaseModel
 from pydantic_settings import SettingsError
 
 from servetune.adapters.family import UnsupportedModel
 from servetune.adapters.policy import Policy
-from servetune.adapters.versions import StoreError
+from servetune.adapters.versions import ForeignStore, StoreError, version_name
 from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BadBuffer, QueryBuffer, QueryStream
 from servetune.server.history import History, Recorder
 from servetune.server.lines import Lines
-from servetune.server.model import Stores, load_policy
+from servetune.server.model import Stores, load_policy, worker_lock
 from servetune.server.protocol import TimelyProtocol
 from servetune.server.settings import Settings
 from servetune.server.stage import SLOTS, Stage
 from servetune.server.valkey import EmbeddedValkey, ValkeyError
+from servetune.server.webhook import tell_now
 
 RESTART_S = (1.0, 30.0)  # first and longest pause before a dead worker is started again
 EXAMPLE = Path("examples/images/fluent-emoji-flat/airplane.png")  # in a clone of the repository
@@ -49,6 +51,16 @@ PR_SET_PDEATHSIG = 1
 SWITCH_S = 5e-4  # a tenth of what is usual
 
 log = structlog.get_logger()
+
+
+class Rebased(BaseModel):
+    """What became of an adapter, and which of its versions stay without being servable."""
+
+    adapter: str
+    rebased: bool
+    live: str
+    base_digest: str
+    not_servable: list[str]
 
 
 class CannotListen(Exception):
@@ -62,7 +74,7 @@ def serve(**flags: Any) -> None:
         settings = Settings(**flags)
         check_bind(settings.host, bool(settings.api_keys or settings.adapter_keys))
         _check_port(settings)  # before the model is loaded
-        with _redis(settings) as redis_url:
+        with _mismatch_told(settings), _redis(settings) as redis_url:
             stands_still = asyncio.run(_serve(settings, redis_url))
     if stands_still:  # Python would wait for that thread for ever
         log.error("model_stands_still")
@@ -81,7 +93,7 @@ def worker(**flags: Any) -> None:
         signal.signal(name, lambda *_: stop.set())
     with _plain_refusals():
         settings = Settings(**flags)
-        with _redis(settings) as redis_url:
+        with _mismatch_told(settings), _redis(settings) as redis_url:
             policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads, stays=True)
             stores = Stores(settings, policy)
             stores.open(settings.adapter)  # what is wrong with it, the operator is to hear now
@@ -92,6 +104,42 @@ def worker(**flags: Any) -> None:
                 closing(Recorder.connect(redis_url)) as history,
             ):
                 Workers(settings, policy, stores, stream, audit, history.record).run(stop)
+
+
+def rebase(name: str | None, **flags: Any) -> Rebased:
+    """Begin an adapter again on the model of the settings, while no worker learns for it."""
+    _log_to_stderr()
+    with _plain_refusals():
+        settings = Settings(**flags)
+        settings = settings.model_copy(update={"adapter": name or settings.adapter})
+        with worker_lock(settings) as is_alone:
+            if not is_alone():
+                sys.exit(f"servetune: a worker learns for {settings.adapter}: end server and worker first")
+            stores = Stores(settings, load_policy(settings, SLOTS[:1], settings.worker_threads))
+            made = stores.rebase(settings.adapter)
+        store = stores.at(settings.adapter)
+        live = version_name(store.live().version)
+        if made:
+            details = {"adapter": settings.adapter, "version": live, **made.metadata}
+            AuditLog(settings.path("audit.jsonl")).append("adapter_rebased", "operator", None, details)
+        kept = [number for number in store.versions() if store.manifest(number).fit != store.manifest(0).fit]
+        return Rebased(
+            adapter=settings.adapter,
+            rebased=made is not None,
+            live=live,
+            base_digest=store.manifest(0).base_digest,
+            not_servable=[version_name(number) for number in kept],
+        )
+
+
+@contextmanager
+def _mismatch_told(settings: Settings) -> Iterator[None]:
+    """Tell the operator's address of an adapter of another base, which this process cannot start with."""
+    try:
+        yield
+    except ForeignStore:
+        tell_now(settings, "base_mismatch", {"adapters": [settings.adapter]})
+        raise
 
 
 async def _serve(settings: Settings, redis_url: str) -> bool:

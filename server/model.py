@@ -12,7 +12,7 @@ from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.sharing import share_weights
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.versions import StoreError
+from servetune.adapters.versions import Manifest, StoreError
 from servetune.nano import WEIGHTS
 from servetune.server.settings import Settings
 from servetune.server.valkey import try_lock
@@ -72,11 +72,16 @@ class Stores:
         self._root = settings.path("store", "x").parent
         policy.use(None)
         self._zero = policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe()
-        self._fit: dict[str, bool] = {}  # what a folder is for never changes
+        self._fit: dict[str, bool] = {}  # what a folder is for changes only when it is rebased
 
     def names(self) -> list[str]:
         """The adapters there are for this model, in order; a home may hold those of others as well."""
         return sorted(name for path in self._root.glob("*/aliases.json") if self._fits(name := path.parent.name))
+
+    def foreign(self) -> list[str]:
+        """The adapters of the home that were made for another model or shape, in order."""
+        there = {path.parent.name for path in self._root.glob("*/aliases.json")}
+        return sorted(name for name in there if not self._fits(name))
 
     def _fits(self, name: str) -> bool:
         if name not in self._fit:
@@ -100,6 +105,15 @@ class Stores:
         store = self.at(adapter)
         store.initialise(*self._zero)
         return store
+
+    def rebase(self, adapter: str) -> Manifest | None:
+        """Begin an adapter again on this model; None where it is of this model already.
+
+        Raises UnknownVersion where there is none of that name.
+        """
+        made = self.at(adapter).rebase(*self._zero)
+        self._fit.pop(adapter, None)
+        return made
 
 
 def open_store(settings: Settings, policy: Policy) -> AdapterStore:

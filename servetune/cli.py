@@ -518,6 +518,25 @@ def reset(
     return client.adapters.reset(to, purge_buffer, name)
 
 
+@adapters.command()
+def rebase(
+    name: Annotated[str | None, typer.Argument(help="The adapter; by default the server's own.")] = None,
+    model: Annotated[str | None, typer.Option(help="The new base: `nano`, a folder or a hub id.")] = None,
+    home: HomeOption = None,
+    device: DeviceOption = None,
+    output: OutputOption = render.Output.table,
+) -> None:
+    """Begin an adapter again on another base model, with server and worker ended. Its versions stay listed."""
+    options = {"model": model, "home": home, "device": device}
+    flags = {key: value for key, value in options.items() if value is not None}
+    try:
+        render.show(importlib.import_module("servetune.server.main").rebase(name, **flags), output)
+    except ModuleNotFoundError as error:
+        _explain_missing(error)
+    except ValidationError as error:
+        _explain_settings(error)
+
+
 @command(adapters)
 def export(
     client: Client,

@@ -298,6 +298,9 @@ class FakeStores:
     def names(self) -> list[str]:
         return sorted(path.parent.name for path in self.root.glob("*/aliases.json"))
 
+    def foreign(self) -> list[str]:
+        return sorted(path.parent.name for path in self.root.glob("*/of-another-base"))
+
     def at(self, adapter: str) -> AdapterStore:
         return AdapterStore(self.root, adapter)
 
