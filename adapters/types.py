@@ -14,12 +14,16 @@ BASE = 0
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """An unlabeled request: RGB images, the question and, in recognition, the closed set of labels."""
+    """An unlabeled request: RGB images, the question and, in recognition, the closed set of labels.
+
+    `trace` is the W3C traceparent of its request, where requests are traced.
+    """
 
     id: str
     images: tuple[Image, ...]
     question: str
     labels: tuple[str, ...] = ()
+    trace: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

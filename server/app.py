@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 import servetune
-from servetune.server import admin, chat, live, routes
+from servetune.server import admin, chat, live, routes, tracing
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
@@ -31,6 +31,7 @@ from servetune.server.middleware import BodyCap, Boundary, LocalOnly
 from servetune.server.quota import Quota
 from servetune.server.service import Services
 from servetune.server.settings import Settings
+from servetune.server.tracing import Traced
 from servetune.server.watch import Watches
 from servetune.server.webhook import Messenger, Webhook
 
@@ -124,6 +125,7 @@ def _middleware(settings: Settings, access: Access, metrics: Metrics) -> list[Mi
     """Outermost first."""
     hosts = {"localhost", "127.0.0.1", "::1", settings.host.strip("[]").lower()}
     return [
+        *([Middleware(Traced)] if tracing.is_on() else []),
         Middleware(Boundary),
         Middleware(Measured, metrics=metrics),
         *([] if access.has_user_keys else [Middleware(LocalOnly, hosts=hosts)]),

@@ -102,9 +102,8 @@ class Cipher:
     def seal(self, query: Query) -> bytes:
         """The query as ciphertext bound to its id. Metadata of the images is left out."""
         images = [_encode(image) for image in query.images]
-        header = json.dumps(
-            {"question": query.question, "labels": query.labels, "sizes": [len(image) for image in images]}
-        ).encode()
+        fields = {"question": query.question, "labels": query.labels, "sizes": [len(image) for image in images]}
+        header = json.dumps(fields | ({"trace": query.trace} if query.trace else {})).encode()
         plain = b"".join([len(header).to_bytes(4, "big"), header, *images])
         nonce = secrets.token_bytes(NONCE_BYTES)
         return nonce + self._aead.encrypt(nonce, plain, query.id.encode())
@@ -125,7 +124,7 @@ def _parse(query_id: str, plain: bytes) -> Query:
     for size in header["sizes"]:
         images.append(_decode(plain[body : body + size]))
         body += size
-    return Query(query_id, tuple(images), header["question"], tuple(header["labels"]))
+    return Query(query_id, tuple(images), header["question"], tuple(header["labels"]), header.get("trace"))
 
 
 def _encode(image: Image.Image) -> bytes:

@@ -31,6 +31,7 @@ from pydantic_settings import SettingsError
 from servetune.adapters.family import UnsupportedModel
 from servetune.adapters.policy import Policy
 from servetune.adapters.versions import ForeignStore, StoreError, version_name
+from servetune.server import tracing
 from servetune.server.access import Access, UnsafeBind, check_bind
 from servetune.server.app import create_app
 from servetune.server.audit import AuditLog
@@ -94,6 +95,7 @@ def worker(**flags: Any) -> None:
     with _plain_refusals():
         settings = Settings(**flags)
         with _mismatch_told(settings), _redis(settings) as redis_url:
+            tracing.begin(settings, "worker")
             policy = load_policy(settings, WORKER_SLOTS, settings.worker_threads, stays=True)
             stores = Stores(settings, policy)
             stores.open(settings.adapter)  # what is wrong with it, the operator is to hear now
@@ -104,6 +106,7 @@ def worker(**flags: Any) -> None:
                 closing(Recorder.connect(redis_url)) as history,
             ):
                 Workers(settings, policy, stores, stream, audit, history.record).run(stop)
+            tracing.end()
 
 
 def rebase(name: str | None, **flags: Any) -> Rebased:
@@ -147,6 +150,7 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
     # The loop gives up the interpreter at every read and write, and the threads of the model, of images and of the
     # buffer keep it this long each before it comes back.
     sys.setswitchinterval(SWITCH_S)
+    tracing.begin(settings, "server")
     policy = await asyncio.to_thread(load_policy, settings, SLOTS, settings.serve_threads, stays=True)
     stage = Stage(policy, settings)
     lines = await asyncio.to_thread(_lines, settings, policy, stage, redis_url)
@@ -174,6 +178,7 @@ async def _serve(settings: Settings, redis_url: str) -> bool:
                     task.cancel()
                 with suppress(asyncio.CancelledError):
                     await task
+        await asyncio.to_thread(tracing.end)
     return stage.stands_still
 
 
@@ -319,6 +324,7 @@ def _log_to_stderr() -> None:
     structlog.configure(
         processors=[
             structlog.processors.add_log_level,
+            tracing.add_trace_id,
             structlog.processors.TimeStamper(fmt="iso"),
             structlog.processors.JSONRenderer(),
         ],

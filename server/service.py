@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from servetune.clients.types import (
     Timings,
     Usage,
 )
+from servetune.server import tracing
 from servetune.server.access import Access, Principal
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
@@ -102,6 +103,7 @@ class AnswerService:
                 line, choice = await self._line(request, caller)
                 query = self._query(request, await self._images.read(images))
                 answering = line.engine.answer(query, sampling, choice, deadline, listen)
+                answering = _traced(answering, line.name)
                 if reason := _why_not_kept(request, choice, opted_out):
                     return await answering, skipped(reason)
                 keeping = self._keeper.keep(line.buffer, query, caller.id, request_id)
@@ -189,6 +191,14 @@ class AnswerService:
         return Answer.model_validate(fields)
 
 
+async def _traced(answering: Awaitable[Outcome], adapter: str) -> Outcome:
+    with tracing.span("answer") as span:
+        outcome = await answering
+        span.note(adapter=adapter, version=version_name(outcome.version), finish_reason=outcome.finish_reason)
+        span.note(queue_s=outcome.queue_s, inference_s=outcome.inference_s)
+        return outcome
+
+
 def _adapter(outcome: Outcome) -> AdapterRef:
     version = version_name(outcome.version)
     return AdapterRef(name=outcome.adapter, version=version, alias=outcome.alias, digest=outcome.digest)
@@ -270,14 +280,17 @@ class Keeper:
 
 
 async def _put(buffer: QueryBuffer, query: Query, client: str, request_id: str) -> Adaptation:
-    try:
-        await buffer.put(query, client)
-    except Skipped as refusal:
-        return skipped(refusal.reason)
-    except Exception as error:  # learning never fails an answer
-        log.warning("buffer_failed", request_id=request_id, error=type(error).__name__)
-        return skipped("buffer_unavailable")
-    return Adaptation(status="queued", query_id=query.id)
+    with tracing.span("buffer") as span:
+        try:
+            await buffer.put(replace(query, trace=span.traceparent), client)
+        except Skipped as refusal:
+            span.note(skipped=refusal.reason)
+            return skipped(refusal.reason)
+        except Exception as error:  # learning never fails an answer
+            span.fail(type(error).__name__)
+            log.warning("buffer_failed", request_id=request_id, error=type(error).__name__)
+            return skipped("buffer_unavailable")
+        return Adaptation(status="queued", query_id=query.id)
 
 
 class Keeping:

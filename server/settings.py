@@ -143,6 +143,11 @@ class Settings(BaseSettings):
         None, gt=0, le=1, description="of `worker_threads` over a minute that slides; default: whatever is idle"
     )
 
+    trace_endpoint: str | None = Field(
+        None,
+        description="OTLP/HTTP address for traces (/v1/traces); default: as OTEL_EXPORTER_OTLP_* say",
+    )
+
     # alerts
     webhook_url: SecretStr | None = Field(
         None, description="told of rollbacks, collapse, drift and a worker in trouble; an address may hold a key"
@@ -203,9 +208,28 @@ class Settings(BaseSettings):
             budget=CpuBudget(self.learn_cpu_share, self.worker_threads) if self.learn_cpu_share else None,
         )
 
+    def traces_to(self) -> str | None:
+        """Where traces are sent: an address, "" for that of OTEL_*, None for nowhere."""
+        otel = _Otel()
+        if otel.sdk_disabled.lower() == "true" or otel.traces_exporter == "none":
+            return None
+        elsewhere = otel.exporter_otlp_traces_endpoint or otel.exporter_otlp_endpoint
+        return self.trace_endpoint or ("" if elsewhere else None)
+
     def without_secrets(self) -> dict[str, Any]:
         """The resolved settings, fit to print."""
         return self.model_dump(mode="json", exclude=SECRETS)
+
+
+class _Otel(BaseSettings):
+    """What of OpenTelemetry's own variables decides whether there are traces; the rest its SDK reads."""
+
+    model_config = SettingsConfigDict(env_prefix="OTEL_", extra="ignore")
+
+    sdk_disabled: str = ""
+    traces_exporter: str = "otlp"
+    exporter_otlp_endpoint: str | None = None
+    exporter_otlp_traces_endpoint: str | None = None
 
 
 class Setting(BaseModel):

@@ -13,6 +13,7 @@ from typing import Any
 
 from servetune.adapters.versions import StoreError, version_name
 from servetune.clients.types import AdaptationStatus, Event, Series
+from servetune.server import tracing
 from servetune.server.admin import adaptation_status
 from servetune.server.buffer import BufferUnavailable
 from servetune.server.engine import Swap
@@ -186,12 +187,23 @@ class Watch:
         services, adapter = self._services, self._line.name
         services.metrics.swaps.labels(adapter, "refused" if swap.refused else "done").inc()
         services.metrics.swap.labels(adapter).observe(swap.seconds)
+        if tracing.is_on():
+            asyncio.get_running_loop().run_in_executor(None, self._trace_swap, swap)
         told: dict[str, Any] = {
             "version": version_name(swap.version),
             "previous": version_name(swap.previous),
             "seconds": round(swap.seconds, 4),
         }
         services.history.record(adapter, "swap", told | ({"refused": swap.refused} if swap.refused else {}))
+
+    def _trace_swap(self, swap: Swap) -> None:
+        """Name the step that the version came from; its manifest does."""
+        learned: str | None = None
+        with suppress(StoreError):
+            learned = self._line.store.manifest(swap.version).metadata.get("traceparent")
+        refused = {"refused": swap.refused} if swap.refused else {}
+        version = version_name(swap.version)
+        tracing.past("swap", swap.seconds, [learned], adapter=self._line.name, version=version, **refused)
 
 
 def mode(status: AdaptationStatus) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
@@ -26,6 +26,7 @@ from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
 from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, version_name
 from servetune.clients.types import WorkerStatus
+from servetune.server import tracing
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
 from servetune.server.history import Record, silent, version_event
@@ -87,6 +88,7 @@ class Worker:
         self._first_step = 0
         self._judged_step = 0
         self._status = WorkerStatus(state="idle")
+        self._trace: str | None = None  # of the last step, where it is traced
         self._adrift = False  # a turn broke off, and the candidate with it
         self._heard: set[str] = set()  # queries that had a say since the last version
         self._named: set[str] = set()  # those of them that an earlier version of this line names
@@ -193,7 +195,8 @@ class Worker:
             return True
         began = time.perf_counter()
         try:
-            metrics, taught = self.learner.step([d.query for d in batch])
+            with self._traced_step(batch):
+                metrics, taught = self.learner.step([d.query for d in batch])
             self._gate.remember([d.query for d in batch])
         except Exception as error:  # one bad query must not end learning; its deliveries are counted
             self._note_failure(error, len(batch))
@@ -212,7 +215,8 @@ class Worker:
         """Steps on what is remembered. False when one failed; then the candidate is dropped with the memory."""
         began = time.perf_counter()
         try:
-            metrics, _ = self.learner.step([])
+            with self._traced_step(()):
+                metrics, _ = self.learner.step([])
         except Exception as error:
             self._note_failure(error, 0)
             self._give_back()
@@ -223,7 +227,9 @@ class Worker:
     def _conclude(self) -> None:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
         witnesses = self.learner.witnesses()
-        verdict = self._judge(witnesses)
+        with tracing.span("gate", parent=self._trace) as span:
+            verdict = self._judge(witnesses)
+            span.note(adapter=self._store.name, accepted=verdict.accepted, reasons="; ".join(verdict.reasons))
         self._judged_step = self.learner.steps
         self._status = self._status.model_copy(update={"last_verdict": verdict.as_dict()})
         self._record("verdict", verdict.as_dict() | {"step": self.learner.steps})
@@ -303,6 +309,7 @@ class Worker:
                 query_ids=query_ids,
                 metrics=self._status.last_step,
                 gate=verdict.as_dict(),
+                metadata={"traceparent": self._trace} if self._trace else {},
             )
         )
         self._promote(made.version, self._live.generation)
@@ -417,6 +424,14 @@ class Worker:
             self._stream.settle(deliveries, outcome)
             done = {d.query.id for d in deliveries}
             self._leased = [d for d in self._leased if d.query.id not in done]
+
+    @contextmanager
+    def _traced_step(self, batch: Sequence[Delivery]) -> Iterator[None]:
+        """A step in a trace of its own, which names those of the questions."""
+        with tracing.span("step", links=[d.query.trace for d in batch]) as span:
+            span.note(adapter=self._store.name, step=self.learner.steps + 1, queries=len(batch))
+            self._trace = span.traceparent
+            yield
 
     def _note_failure(self, error: Exception, queries: int) -> None:
         log.error("step_failed", adapter=self._store.name, error=type(error).__name__, queries=queries)

@@ -272,11 +272,12 @@ def make_store(root: Path) -> AdapterStore:
     return store
 
 
-def learn(store: AdapterStore, value: float) -> Manifest:
+def learn(store: AdapterStore, value: float, **chosen: Any) -> Manifest:
     """Publish a version as a worker would, from the query `q_<value>`."""
     weights = {"layer.lora_A.weight": torch.full((2, 2), value)}
     ids = (f"q_{value:.0f}",)
-    draft = Draft(weights=weights, origin="worker", parent=store.live().version, probe=(0.0,), query_ids=ids)
+    parent = store.live().version
+    draft = Draft(weights=weights, origin="worker", parent=parent, probe=(0.0,), query_ids=ids, **chosen)
     return store.publish(draft)
 
 

@@ -119,11 +119,19 @@ def test_only_the_edges_know_their_library() -> None:
         "redis": {"buffer.py", "connections.py", "history.py", "valkey.py"},
         "fastapi": {"app.py", "routes.py", "admin.py", "chat.py", "live.py", "errors.py"},
         "prometheus_client": {"metrics.py"},
+        "opentelemetry": {"tracing.py"},
         "torch": {"answering.py", "model.py", "stage.py"},
     }
     for path in sources("server"):
         for name in {name.split(".")[0] for name in imported(path)} & set(at_home):
             assert path.name in at_home[name], f"{path.name} imports {name}"
+
+
+def test_nothing_needs_opentelemetry_unless_it_is_configured() -> None:
+    for folder in FOLDERS:
+        for path in sources(folder):
+            tops = {name.split(".")[0] for name in imported_at_import(path)}
+            assert "opentelemetry" not in tops, path
 
 
 def test_settings_are_the_only_reader_of_the_environment() -> None:
