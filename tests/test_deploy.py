@@ -65,6 +65,17 @@ def test_what_compose_mounts_is_there(compose: dict[str, Any]) -> None:
     assert key in str(compose["services"]["prometheus"]["command"])
 
 
+def test_prometheus_takes_the_rules_and_they_say_what_they_should() -> None:
+    promtool, rules = tool("promtool"), DEPLOY / "prometheus"
+    for check in (
+        ("check", "rules", rules / "servetune.rules.yml"),
+        ("check", "config", "--syntax-only", rules / "prometheus.yml"),
+        ("test", "rules", ROOT / "tests" / "servetune.rules.test.yml"),
+    ):
+        done = subprocess.run([promtool, *map(str, check)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_its_valkey_forgets_nothing(compose: dict[str, Any]) -> None:
     from servetune.server.buffer import DURABLE
 
