@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import itertools
 import json
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +19,7 @@ from pydantic import ValidationError
 from rich.live import Live
 
 import servetune
+from servetune import bench as benchmark
 from servetune import render, watching
 from servetune.clients import (
     AdaptationStatus,
@@ -37,6 +40,7 @@ from servetune.connect import (
     UrlOption,
     command,
     connect,
+    connect_async,
     explained,
     fail,
 )
@@ -48,8 +52,34 @@ SETTINGS: dict[str, Any] = {
     # A traceback with local variables would print keys.
     "pretty_exceptions_enable": False,
 }
-app = typer.Typer(help=servetune.__doc__, **SETTINGS)
-adapters = typer.Typer(help="Versions of an adapter: look at them, keep, move and export them.", **SETTINGS)
+FIRST_STEPS = """\b
+First steps:
+  servetune serve                                start it, with a model of its own
+  servetune answer photo.png "What is this?"     ask it, from another terminal
+  servetune recognize photo.png -l cat -l dog    let it choose
+  servetune watch                                see it learn from what it is asked
+  servetune adapters rollback                    go back, should it not please
+
+\b
+Before going live:
+  servetune doctor MODEL --data photos/          can it serve here, and has learning anything to gain?
+  servetune eval photos/                         what learning does to accuracy (photos/<label>/*.png)
+  servetune learn photos/ --labels cat,dog       learn before anyone asks
+  servetune bench                                how much it answers, and how fast
+  servetune config                               every setting, and where its value comes from
+
+Every command has --help, and -o json for programs. Exit codes: 0 done, 1 refused, 2 usage, 3 no connection."""
+VERSIONS = """\b
+Examples:
+  servetune adapters versions                    what was learned, and what the gate said
+  servetune adapters snapshot before-summer      keep what is live, under a name
+  servetune adapters promote before-summer       make it live again
+  servetune adapters reset                       unlearn everything
+  servetune adapters rebase                      begin again on another base model (offline)"""
+app = typer.Typer(help=servetune.__doc__, epilog=FIRST_STEPS, **SETTINGS)
+adapters = typer.Typer(
+    help="Versions of an adapter: look at them, keep, move and export them.", epilog=VERSIONS, **SETTINGS
+)
 app.add_typer(adapters, name="adapters")
 
 
@@ -68,6 +98,10 @@ DeviceOption = Annotated[str | None, typer.Option(help="auto, cpu or cuda.")]
 RedisOption = Annotated[str | None, typer.Option(help="By default the embedded Valkey.")]
 LearnerOption = Annotated[str | None, typer.Option(help="default, frequency, ttrv, majority or a control.")]
 SeedOption = Annotated[int | None, typer.Option()]
+
+LineOutputOption = Annotated[
+    render.Output, typer.Option("--output", "-o", help="json: a line on stdout; table: for people.")
+]
 
 ImageArgument = Annotated[str, typer.Argument(help="A file, an https URL, a data: URI, or - for stdin.")]
 ChoiceOption = Annotated[str | None, typer.Option(help="live, another alias, base or a version: v0007.")]
@@ -96,7 +130,13 @@ def _top(version: Annotated[bool, typer.Option("--version", help="Print the vers
 # --- processes ---------------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(
+    epilog="""\b
+Examples:
+  servetune serve                                nano, on this machine alone, with an embedded Valkey and a worker
+  servetune serve OpenGVLab/InternVL3-2B-hf --port 9000
+  servetune config                               what it would start with, and where that comes from"""
+)
 def serve(
     model: ModelArgument = None,
     host: Annotated[str | None, typer.Option()] = None,
@@ -149,7 +189,14 @@ def _start(role: str, options: dict[str, Any]) -> None:
         _explain_settings(error)
 
 
-@app.command(name="eval")
+@app.command(
+    name="eval",
+    epilog="""\b
+Examples:
+  servetune eval photos/                         photos/<label>/*.png
+  servetune eval questions.jsonl                 {"image", "question", "answer"} in each line
+  servetune eval openmoji --compare ttrv         a built-in stream; the published learner beside the default""",
+)
 def evaluate(
     data: Annotated[
         str | None,
@@ -185,6 +232,7 @@ def evaluate(
     fresh: Annotated[bool, typer.Option(help="Do not resume: run again what is finished.")] = False,
     root: Annotated[Path | None, typer.Option(help="For paper: the folder of data set folders.")] = None,
     datasets: Annotated[str | None, typer.Option(help="For paper: only these, with commas.")] = None,
+    output: LineOutputOption = render.Output.json,
 ) -> None:
     """Measure what learning does to accuracy, with the frozen model beside it. Last line: JSON."""
     if (data is None) == (adapt_on is None):
@@ -209,6 +257,7 @@ def evaluate(
             fail("name the folder of data set folders: servetune eval paper --root DIR", USAGE)
         _last_line(
             "paper",
+            output,
             PaperOptions(
                 root=root,
                 model=model,
@@ -240,10 +289,15 @@ def evaluate(
         fresh=fresh,
         num_options=num_options,
     )
-    _last_line("command", options)
+    _last_line("command", output, options)
 
 
-@app.command()
+@app.command(
+    epilog="""\b
+Examples:
+  servetune learn photos/ --labels cat,dog --budget 10m
+  servetune learn questions.jsonl                {"image", "question" or "candidate_labels"} in each line"""
+)
 def learn(
     data: Annotated[
         str, typer.Argument(help="A folder of images, a JSONL file, or a built-in stream; no true answers needed.")
@@ -260,6 +314,7 @@ def learn(
     device: DeviceOption = None,
     learner: LearnerOption = None,
     seed: SeedOption = None,
+    output: LineOutputOption = render.Output.json,
 ) -> None:
     """Learn from unlabeled data before serving, into the store that a server uses. Last line: JSON."""
     settings = {
@@ -272,7 +327,7 @@ def learn(
     }
     flags = {name: value for name, value in settings.items() if value is not None}
     found = _labels(labels, labels_file)
-    _last_line("learn", data, _seconds(budget), question, found, **flags)
+    _last_line("learn", output, data, _seconds(budget), question, found, **flags)
 
 
 def _seconds(budget: str | None) -> float | None:
@@ -303,6 +358,7 @@ def convert(
     num_options: Annotated[
         int | None, typer.Option("--options", min=2, max=26, help="Ask recognition by letter, among so many.")
     ] = None,
+    output: OutputOption = render.Output.table,
 ) -> None:
     """Convert a public data set to JSONL for servetune eval."""
     datasets = _evals("datasets")
@@ -310,7 +366,10 @@ def convert(
         count = datasets.convert(name, folder, out, num_options)
     except datasets.REFUSALS as error:
         fail(str(error), USAGE)
-    typer.echo(f"{count} questions: {out}")
+    if output is render.Output.json:
+        render.show({"questions": count, "path": str(out)}, output)
+    else:
+        typer.echo(f"{count} questions: {out}")
 
 
 def _count(samples: str) -> int:
@@ -331,8 +390,8 @@ def _evals(module: str) -> ModuleType:
         _explain_missing(error)
 
 
-def _last_line(name: str, *given: Any, **flags: Any) -> None:
-    """Run a command of the evaluation's folder and print what it returns as JSON."""
+def _last_line(name: str, output: render.Output, *given: Any, **flags: Any) -> None:
+    """Run a command of the evaluation's folder and print what it returns: as JSON in a line, or for people."""
     module = _evals(name)
     try:
         summary = module.run(*given, **flags)
@@ -340,7 +399,10 @@ def _last_line(name: str, *given: Any, **flags: Any) -> None:
         _explain_settings(error)
     except module.REFUSALS as error:
         fail(str(error), USAGE)
-    typer.echo(json.dumps(summary))
+    if output is render.Output.json:
+        typer.echo(json.dumps(summary))
+    else:
+        render.show(summary, output)
 
 
 @app.command()
@@ -384,7 +446,15 @@ def _explain_missing(error: ModuleNotFoundError) -> NoReturn:
 # --- questions ---------------------------------------------------------------------------------------
 
 
-@command(app)
+@command(
+    app,
+    epilog="""\b
+Examples:
+  servetune answer photo.png "What is this?"
+  servetune answer photo.png "How many?" -n 8 --temperature 0.7       eight answers, and a vote
+  servetune answer photo.png "What is this?" --adapt now              look again before answering
+  servetune answer photo.png "What is this?" --no-adapt -o json       not to be learned from""",
+)
 def answer(
     client: Client,
     image: ImageArgument,
@@ -414,7 +484,12 @@ def answer(
     )
 
 
-@command(app)
+@command(
+    app,
+    epilog="""\b
+Example:
+  servetune recognize photo.png -l airplane -l rocket -l sailboat""",
+)
 def recognize(
     client: Client,
     image: ImageArgument,
@@ -577,6 +652,38 @@ def watch(
             for event in client.adaptation.events(name, since=before.last_event_id, status=True):
                 view.hear(event)
                 live.refresh()
+
+
+@app.command(
+    epilog="""\b
+Nothing is learned from it. Example:
+  servetune bench photo.png -l cat -l dog --questions 500 --at-once 8"""
+)
+def bench(
+    images: Annotated[
+        list[str] | None, typer.Argument(help="Files or addresses, taken in turn; by default made-up pictures.")
+    ] = None,
+    question: Annotated[str | None, typer.Option(help="By default: What is this?")] = None,
+    labels: Annotated[list[str] | None, typer.Option("--label", "-l", help="Recognition, from twice on.")] = None,
+    questions: Annotated[int, typer.Option(min=1, help="How many to ask.")] = 100,
+    at_once: Annotated[int, typer.Option(min=1, max=256, help="How many wait at any time.")] = 4,
+    output: OutputOption = render.Output.table,
+    base_url: UrlOption = DEFAULT_BASE_URL,
+    api_key: ApiKeyOption = None,
+) -> None:
+    """Measure a running server: answers a second, and how long they take."""
+    if labels is not None and len(labels) < 2:
+        fail("recognition chooses from two labels at least: give --label again", USAGE)
+
+    async def measure(listen: Callable[[int], None]) -> benchmark.Figures:
+        async with connect_async(base_url, api_key) as client:
+            return await benchmark.measure(
+                client, images or (), question, labels or (), questions, at_once, listen
+            )
+
+    with explained(base_url), render.progress("asking", questions) as listen:
+        figures = asyncio.run(measure(listen))
+    render.show(figures, output)
 
 
 @command(app)

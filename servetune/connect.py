@@ -13,6 +13,7 @@ import typer
 
 from servetune.clients import (
     APIConnectionError,
+    AsyncClient,
     AuthenticationError,
     Client,
     PermissionDeniedError,
@@ -40,7 +41,7 @@ AdminKeyOption = Annotated[
 ]
 
 
-def command(group: typer.Typer, name: str | None = None) -> Callable[[F], F]:
+def command(group: typer.Typer, name: str | None = None, epilog: str | None = None) -> Callable[[F], F]:
     """Register `act(client, ...)` as a command: it gets a client, and what it returns is shown."""
 
     def register(act: F) -> F:
@@ -57,7 +58,7 @@ def command(group: typer.Typer, name: str | None = None) -> Callable[[F], F]:
         own = list(inspect.signature(act, eval_str=True).parameters.values())[1:]
         shared = list(inspect.signature(run, eval_str=True).parameters.values())[:-1]
         run.__signature__ = inspect.Signature(own + shared)  # type: ignore[attr-defined]
-        group.command(name or act.__name__.replace("_", "-"), help=act.__doc__)(run)
+        group.command(name or act.__name__.replace("_", "-"), help=act.__doc__, epilog=epilog)(run)
         return act
 
     return register
@@ -69,6 +70,11 @@ def connect(base_url: str, api_key: str | None, admin_key: str | None) -> Client
     if admin_key is None and is_loopback(base_url):
         admin_key = _stored_admin_key()
     return Client(base_url, api_key=api_key, admin_key=admin_key)
+
+
+def connect_async(base_url: str, api_key: str | None) -> AsyncClient:
+    """A client for many questions at once, which asks none of them again."""
+    return AsyncClient(base_url, api_key=api_key, max_retries=0)
 
 
 @contextmanager

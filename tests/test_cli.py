@@ -4,6 +4,8 @@ import base64
 import functools
 import io
 import json
+import re
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -11,11 +13,12 @@ import types
 
 import httpx2
 import pytest
+import typer
 from pydantic import BaseModel, Field
 from rich.console import Console
 from typer.testing import CliRunner
 
-from servetune import Client, __version__, cli, connect, watching
+from servetune import AsyncClient, Client, __version__, bench, cli, connect, watching
 from servetune.clients.types import Event, Series
 
 PIXEL = (  # a PNG of one pixel
@@ -288,6 +291,99 @@ def test_no_server_is_exit_code_3_and_names_how_to_start_one(monkeypatch):
     assert result.exit_code == 3
     assert "cannot reach http://127.0.0.1:8000: Connection refused" in result.stderr
     assert "servetune serve" in result.stderr
+
+
+# --- a newcomer ----------------------------------------------------------------------------------------
+
+
+def leaves(group=None, words=()):
+    """Every command with its words."""
+    group = group or typer.main.get_command(cli.app)
+    for name, each in group.commands.items():
+        yield from leaves(each, (*words, name)) if hasattr(each, "commands") else [((*words, name), each)]
+
+
+def test_every_command_that_prints_a_result_can_print_json():
+    without = {words for words, each in leaves() if not any("-o" in option.opts for option in each.params)}
+    assert without == {("serve",), ("worker",)}
+
+
+def test_the_examples_of_the_help_are_commands_with_options_that_exist():
+    known = dict(leaves())
+    shown = [typer.main.get_command(cli.app).epilog, cli.VERSIONS, *(each.epilog for each in known.values())]
+    lines = [line for text in shown if text for line in text.splitlines() if line.startswith("  servetune ")]
+    assert len(lines) > 20
+    for line in lines:
+        words = shlex.split(re.split(r"   +", line.strip())[0])[1:]
+        name = tuple(words[:2]) if words[0] == "adapters" else (words[0],)
+        known[name].make_context("servetune", words[len(name) :])
+
+
+def test_the_help_begins_with_first_steps():
+    shown = run("--help").output
+    assert shown.index("servetune serve ") < shown.index("servetune answer ") < shown.index("servetune doctor ")
+
+
+# --- bench -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """A server that answers, but for each fourth question, with the bodies it got."""
+    bodies = []
+
+    def handle(request):
+        bodies.append(json.loads(request.content))
+        if len(bodies) % 4 == 0:
+            document = {"type": "t", "title": "t", "status": 503, "detail": "d", "code": "queue_full"}
+            return httpx2.Response(503, json=document)
+        return httpx2.Response(200, json=ANSWER)
+
+    made = functools.partial(AsyncClient, transport=httpx2.MockTransport(handle))
+    monkeypatch.setattr(connect, "AsyncClient", made)
+    return bodies
+
+
+def test_bench_counts_what_was_answered_and_what_was_not(asked):
+    result = run("bench", "--questions", 10, "--at-once", 3, "-o", "json")
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert (told["questions"], told["answered"], told["failed"]) == (10, 8, {"queue_full": 2})
+    assert told["versions"] == {"default@v0007": 8}
+    assert told["model_p50_ms"] == 100
+    assert 0 < told["p50_ms"] <= told["p95_ms"] <= told["p99_ms"]
+    assert len(asked) == 11, "one is asked before"
+    assert not any(body["adapt"] for body in asked), "none is to be kept"
+    assert len({body["image"]["data"] for body in asked}) == 11, "nothing kept of one answers another"
+    asked.clear()
+    assert "answered" in run("bench", "--questions", 2).stdout
+
+
+def test_bench_asks_what_it_is_told(asked, image):
+    run("bench", image, "-l", "cat", "-l", "dog", "--question", "which?", "--questions", 1)
+    assert asked[0]["candidate_labels"] == ["cat", "dog"]
+    assert asked[0]["question"] == "which?"
+    assert {body["image"]["data"] for body in asked} == {PIXEL}
+    assert run("bench", "-l", "cat").exit_code == 2
+
+
+def test_bench_says_what_is_wrong_with_all_questions(monkeypatch):
+    def refuse(request):
+        raise httpx2.ConnectError("Connection refused")
+
+    made = functools.partial(AsyncClient, transport=httpx2.MockTransport(refuse))
+    monkeypatch.setattr(connect, "AsyncClient", made)
+    result = run("bench")
+    assert result.exit_code == 3
+    assert "servetune serve" in result.stderr
+
+
+def test_pictures_of_the_bench_are_pictures():
+    from PIL import Image
+
+    first, second = (Image.open(io.BytesIO(bench.picture(number))) for number in (0, 1))
+    assert first.size == (bench.SIDE, bench.SIDE)
+    assert first.tobytes() != second.tobytes()
 
 
 # --- processes ---------------------------------------------------------------------------------------
