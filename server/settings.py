@@ -244,7 +244,8 @@ def resolved(**flags: Any) -> list[Setting]:
     """All settings, and where each comes from. Of secrets only whether there are any."""
     settings, origins = Settings(**flags), Settings.origins() | dict.fromkeys(flags, "flag")
     values = settings.without_secrets() | {
-        "redis_url": settings.redis_url and without_password(settings.redis_url)
+        "redis_url": settings.redis_url and without_password(settings.redis_url),
+        "trace_endpoint": settings.trace_endpoint and without_password(settings.trace_endpoint),
     }
     values |= {name: bool(getattr(settings, name)) for name in SECRETS}
     return [

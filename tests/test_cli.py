@@ -508,6 +508,9 @@ def test_the_view_shows_how_it_stands_what_it_learns_and_what_happened():
     assert "step 3 RuntimeError" in text
     view.hear(happened("status", 9, **status | {"buffer": {**buffer, "connected": False}}))
     assert "buffer unreachable" in shown(view)
+    note = "waiting for its window until 22:00"
+    view.hear(happened("status", 9, **status | {"mode": "waiting", "worker": {"note": note}}))
+    assert f"v0007  1 behind  {note}  4 kept" in shown(view)
 
 
 def shown(view):

@@ -350,6 +350,18 @@ def figure(found: dict[Any, float], name: str, **labels: str) -> float:
     return value
 
 
+async def test_a_worker_that_waits_says_for_what(world: World) -> None:
+    assert figure(await figures(world), "learning_waiting") == 0
+    note = "waiting for its window until 22:00"
+    world.buffer.worker = WorkerStatus(state="waiting", waits_for="window", waits_until=5e9, note=note)
+    world.app.state.watches.of(world.lines.first)._reading = None  # not that of a moment ago
+    [status] = await told(world, status="true")
+    assert (status.data["mode"], status.data["worker"]["note"]) == ("waiting", note)
+    assert status.data["worker"]["waits_until"] == 5e9
+    assert figure(await figures(world), "learning_waiting") == 1
+    assert figure(await figures(world), "worker_up") == 1
+
+
 async def test_questions_are_counted_by_what_became_of_them(world: World) -> None:
     await world.ask()
     await world.ask(candidate_labels=["a", "b"], adapter="base")

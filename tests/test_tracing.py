@@ -19,7 +19,7 @@ from servetune.adapters.types import Query
 from servetune.server import tracing
 from servetune.server.audit import AuditLog
 from servetune.server.cipher import Cipher
-from servetune.server.settings import Settings
+from servetune.server.settings import Settings, resolved
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.worker import Worker
 from tests.conftest import noise
@@ -207,6 +207,13 @@ def test_it_is_on_where_somebody_says_where_to(
     for name, value in env.items():
         monkeypatch.setenv(f"OTEL_{name}", value)
     assert Settings(home=tmp_path, trace_endpoint=chosen).traces_to() == to
+
+
+def test_a_password_in_its_address_is_not_shown(tmp_path: Path) -> None:
+    shown = resolved(home=tmp_path, trace_endpoint="https://me:hidden@collector.test/v1/traces")
+    [value] = [each.value for each in shown if each.setting == "trace_endpoint"]
+    assert "hidden" not in value
+    assert "collector.test" in value
 
 
 def test_configured_without_the_extra_is_said_and_ends_nothing(tmp_path: Path) -> None:
