@@ -140,7 +140,7 @@ export class Review {
 }
 
 const option = (name) => el("option", { value: name }, name);
-const signed = (share) => (share < 0 ? `−${percent(-share)}` : `+${percent(share)}`);
+const signed = (share) => (share === 0 ? percent(0) : share < 0 ? `−${percent(-share)}` : `+${percent(share)}`);
 
 /** What two versions differ in, as elements: numbers, and recent queries that they answer differently. */
 export async function versus(line, old, other, most = 20) {

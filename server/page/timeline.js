@@ -81,18 +81,20 @@ export class Timeline {
     if (!others.length) return [];
     const other = el("select", { id: "versus-other" }, others.map((each) => el("option", { value: each }, each)));
     if (others.includes(this.serving)) other.value = this.serving;
-    const place = el("div", { id: "versus-result", role: "status" });
+    const place = el("div", { id: "versus-result" });
+    const told = el("p", { className: "fine", role: "status" });
     const form = el("form", { id: "versus", className: "row" }, el("label", { className: "inline" }, "Compare with ", other),
       el("button", { type: "submit", className: "quiet" }, "Compare"));
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      this.compare(version, other.value, place);
+      this.compare(version, other.value, place, told);
     });
-    return [form, place];
+    return [form, told, place];
   }
 
-  async compare(version, other, place) {
-    place.replaceChildren(el("p", { className: "fine" }, "Comparing…"));
+  async compare(version, other, place, told) {
+    told.textContent = "Comparing…";
+    place.replaceChildren();
     try {
       const [old, newer] = [version, other].sort();
       const back = el("button", { type: "button", id: "versus-back" }, `Roll back to ${old}…`);
@@ -102,8 +104,9 @@ export class Timeline {
       });
       const found = await versus(this.line, old, newer);
       place.replaceChildren(...found, ...(old === this.serving ? [] : [back]));
+      told.textContent = `${old} and ${newer}:`;
     } catch (error) {
-      place.replaceChildren(el("p", { className: "problem" }, error instanceof Problem ? error.message : "The server cannot be reached."));
+      told.textContent = error instanceof Problem ? error.message : "The server cannot be reached.";
     }
   }
 
