@@ -62,6 +62,11 @@ local function find(k, id)
   return fields
 end
 
+-- Let a key live for so long at least.
+local function outlast(key, ttl_ms)
+  redis.call('PEXPIRE', key, math.max(ttl_ms, redis.call('PTTL', key)))
+end
+
 -- Keep a query for review no longer.
 local function forget(k, query)
   local size = redis.call('HGET', k.sizes, query)
@@ -100,8 +105,8 @@ local function keep(k, query, sealed, most, room, ttl_ms)
     redis.call('ZADD', k.recent, now_ms() + ttl_ms, query)
     redis.call('HSET', k.sizes, query, #sealed)
     redis.call('HINCRBY', k.sizes, 'total', #sealed)
-    redis.call('PEXPIRE', k.recent, ttl_ms)
-    redis.call('PEXPIRE', k.sizes, ttl_ms)
+    outlast(k.recent, ttl_ms)
+    outlast(k.sizes, ttl_ms)
   end
   make_room(k, most, room)
 end
@@ -420,7 +425,7 @@ register('say', function(k, answer, version, kind, ttl_ms, most, versions)
   end
   redis.call('SET', k.said .. ':' .. answer, kind, 'PX', ttl_ms)
   redis.call('ZADD', k.said, now_ms() + ttl_ms, answer)
-  redis.call('PEXPIRE', k.said, ttl_ms)
+  outlast(k.said, tonumber(ttl_ms))
   if redis.call('ZCARD', k.said) > tonumber(most) then
     redis.call('DEL', k.said .. ':' .. redis.call('ZPOPMIN', k.said)[1])
   end

@@ -68,13 +68,18 @@ async def _comparison(services: ServicesDep) -> Comparison:
 
 
 async def _versions(line: NamedDep, old: AdapterChoice = "base", new: AdapterChoice = "live") -> Versions:
-    """The versions to compare, by number or alias. Raises UnknownVersion."""
+    """The versions to compare, by number or alias."""
     return await _resolved(line, old, new)
 
 
 async def _resolved(line: Line, old: str, new: str) -> Versions:
+    """Two versions by name. Raises UnknownVersion, and ServiceError `invalid_request` where they are one."""
     resolve = line.store.resolve
-    return await asyncio.to_thread(lambda: Versions(resolve(old), resolve(new)))
+    versions = await asyncio.to_thread(lambda: Versions(resolve(old), resolve(new)))
+    if versions.old == versions.new:
+        name = version_name(versions.old)
+        raise ServiceError("invalid_request", f"'old' and 'new' are both {name}: name two versions.", param="new")
+    return versions
 
 
 ComparisonDep = Annotated[Comparison, Depends(_comparison)]

@@ -13,15 +13,23 @@ import pytest
 import redis
 from PIL import Image
 
+from servetune.adapters.family import Family
 from servetune.adapters.paired import Z95, difference_interval, gain
+from servetune.adapters.policy import LoraSpec, Policy
+from servetune.adapters.store import AdapterStore
+from servetune.adapters.types import Sampling
 from servetune.clients.types import NextPair, Review, VersionDiff
 from servetune.server import comparison, review
 from servetune.server.cipher import Cipher
+from servetune.server.lines import Line
 from servetune.server.receipts import Receipts
 from servetune.server.settings import Settings
+from servetune.server.stage import SLOTS
 from servetune.server.valkey import EmbeddedValkey
+from tests.conftest import query
 from tests.fakes import ADMIN, USER, USER_KEY, World, base64_png, until
 from tests.redis_servers import make_query, open_buffer, open_stream, running
+from tests.test_engine import engine_on, publish
 
 OTHER_KEY = "stu_another.0000000000000000000000000000"
 OTHER = {"Authorization": f"Bearer {OTHER_KEY}"}
@@ -276,6 +284,38 @@ async def test_kept_queries_are_sealed_and_expire(server: EmbeddedValkey, settin
         assert await buffer.recall("q_1") is None
 
 
+async def test_what_is_listed_lives_as_long_as_what_it_lists(server: EmbeddedValkey, settings: Settings) -> None:
+    """Else a purge would not find what a longer `review_ttl_s` had kept."""
+    for ttl_s in (100, 10):
+        async with open_buffer(settings.model_copy(update={"review_ttl_s": ttl_s}), server.url) as buffer:
+            await buffer.put(make_query(ttl_s), "ann")
+            await buffer.say(f"ans_{ttl_s}", "v0001", True, ttl_s)
+    with redis.Redis.from_url(server.url) as client:
+        for name in ("recent", "sizes", "said"):
+            assert client.ttl(f"servetune:{{{settings.adapter}}}:{name}") > 10, name
+
+
+async def test_what_was_kept_and_erased_leaves_the_file_as_well(tmp_path: Path) -> None:
+    settings = Settings(home=tmp_path, review_queries=8)
+
+    def on_disk(query_id: str) -> bool:
+        files = [path for path in (tmp_path / "valkey").rglob("*") if path.suffix in (".aof", ".rdb")]
+        return any(f"kept:{query_id}".encode() in path.read_bytes() for path in files)
+
+    with running(tmp_path) as own, open_stream(settings, own.url) as stream:
+        async with open_buffer(settings, own.url) as buffer:
+            for number in range(2):
+                await buffer.put(make_query(number), "ann")
+            stream.settle(stream.take(8, 1.0), "trained")
+            assert on_disk("q_0")
+            await buffer.withdraw("q_0")
+            await buffer.compact()
+            async with asyncio.timeout(20):
+                while on_disk("q_0"):
+                    await asyncio.sleep(0.05)
+            assert on_disk("q_1")
+
+
 async def test_marks_follow_one_another_and_are_counted_beyond_the_query(
     server: EmbeddedValkey, settings: Settings
 ) -> None:
@@ -465,6 +505,9 @@ async def test_unknown_versions_and_a_redis_that_is_down(world: World) -> None:
     for path in ("review", "review/pair", "diff"):
         reply = await world.client.get(f"{ADAPTER}/{path}", params={"old": "v0099"}, headers=ADMIN)
         assert refused(reply) == (404, "adapter_not_found")
+    for path in ("review", "review/pair", "diff"):
+        reply = await world.client.get(f"{ADAPTER}/{path}", params={"old": "v0002", "new": "live"}, headers=ADMIN)
+        assert refused(reply) == (422, "invalid_request")
     world.buffer.down = True
     for path in ("review/pair", "diff"):
         reply = await world.client.get(f"{ADAPTER}/{path}", headers=ADMIN)
@@ -559,3 +602,38 @@ async def test_a_diff_goes_on_where_it_ended(world: World, monkeypatch: pytest.M
     questions = [each.question for page in (first, second, third) for each in page.answers]
     assert questions == [f"what is number {number}?" for number in (2, 1, 0)]
     assert third.next_after is None
+
+
+# --- with the real parts -----------------------------------------------------------------------------------
+
+
+async def test_the_engine_answers_kept_queries_with_both_versions(
+    tiny: Path, tmp_path: Path, server: EmbeddedValkey, settings: Settings
+) -> None:
+    policy = Policy(Family.load(str(tiny)), LoraSpec(4, 8), SLOTS)
+    store = AdapterStore(tmp_path / "store")
+    policy.use(None)
+    store.initialise(policy.zero_weights(), policy.peft_config(), "sha256:base", policy.probe())
+    versions = comparison.Versions(0, publish(policy, store, 7))
+    engine = engine_on(policy, store, settings)
+    await engine.start()
+    try:
+        async with open_buffer(settings, server.url) as buffer:
+            for number in range(3):
+                await buffer.put(query(number), "ann")
+            line, comparing = Line(store, engine, buffer), comparison.Comparison(4)
+            short = Sampling(max_tokens=4)
+            plain = [await engine.answer(query(n), short, each) for n in range(3) for each in ("base", "v0001")]
+            expected = sum(old.text != new.text for old, new in zip(plain[::2], plain[1::2], strict=True))
+            found = await comparing.diff(line, versions, 20, None, False)
+            assert (found.compared, len(found.answers), found.next_after) == (3, expected, None)
+            assert expected, "a version that answers nothing otherwise would be no test"
+            pair = (await comparing.next_pair(line, versions, None)).pair
+            assert pair
+            assert await comparing.judge(line, versions, pair.id, "neither")
+            assert (await comparing.review(line, versions)).neither == 1
+            assert engine.serving == 0, "what is compared is not served"
+            assert engine.residency()[1] == {}, "and its lease ends"
+    finally:
+        engine.stop()
+        await engine.stage.stop()

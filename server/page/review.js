@@ -52,7 +52,6 @@ export class Review {
       this.names = { old: report.old, new: report.new };
       this.tell(report);
       if (!report.kept) this.say("No queries are kept to compare on: the server's setting review_queries says how many.");
-      else if (report.old === report.new) this.say("These are the same version.");
       else await this.next(this.run);
     } catch (error) {
       this.fail(error);
