@@ -37,11 +37,11 @@ admin_router = APIRouter(
     prefix="/v1/adapters/{name}",
     tags=["admin"],
     dependencies=[ADMIN],
-    responses=problems(401, 404, 422, 503),
+    responses=problems(401, 404, 409, 422, 503),
 )
 
 
-@router.post("/v1/answers/{id}/feedback", responses=problems(401, 404, 422, 503))
+@router.post("/v1/answers/{id}/feedback", responses=problems(401, 404, 409, 422, 503))
 async def feedback(
     id: Annotated[str, Path(max_length=128)], body: FeedbackRequest, services: ServicesDep, caller: UserDep
 ) -> Feedback:

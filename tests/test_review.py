@@ -35,6 +35,7 @@ OTHER_KEY = "stu_another.0000000000000000000000000000"
 OTHER = {"Authorization": f"Bearer {OTHER_KEY}"}
 ADAPTER = "/v1/adapters/default"
 PAIR = "v0000 v0002"
+adapters = (f"line{number}" for number in range(10_000))
 
 
 @pytest.fixture
@@ -176,9 +177,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]
 
 
 @pytest.fixture
-def settings(tmp_path: Path, request: pytest.FixtureRequest) -> Settings:
-    name = f"a{abs(hash(request.node.name)) % 10**9}"
-    return Settings(home=tmp_path, adapter=name, review_queries=3, lease_s=1.1)
+def settings(tmp_path: Path) -> Settings:
+    return Settings(home=tmp_path, adapter=next(adapters), review_queries=3, lease_s=1.1)
 
 
 async def test_each_answer_counts_once_however_often_it_is_said(
