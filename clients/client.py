@@ -11,7 +11,7 @@ from typing import Any, ParamSpec, Self, TypeVar
 
 import httpx2
 
-from servetune.clients import calls
+from servetune.clients import calls, review
 from servetune.clients.drivers import (
     Awaiting,
     Blocking,
@@ -92,6 +92,7 @@ class Client(_Options, Blocking):
     stream = blocking_events(calls.stream)
     recognize = blocking(calls.recognize)
     answer_batch = blocking(calls.answer_batch)
+    feedback = blocking(review.feedback)
     info = blocking(calls.info)
     ready = blocking(calls.ready)
     wait_for_version = blocking(calls.wait_for_version)
@@ -151,6 +152,7 @@ class AsyncClient(_Options, Awaiting):
     stream = awaiting_events(calls.stream)
     recognize = awaiting(calls.recognize)
     answer_batch = awaiting(calls.answer_batch)
+    feedback = awaiting(review.feedback)
     info = awaiting(calls.info)
     ready = awaiting(calls.ready)
     wait_for_version = awaiting(calls.wait_for_version)

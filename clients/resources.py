@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from servetune.clients import admin, history
+from servetune.clients import review as reviews
 from servetune.clients.drivers import (
     Awaiting,
     Blocking,
@@ -31,6 +32,10 @@ class Adapters(Blocking):
     rollback = blocking(admin.rollback)
     reset = blocking(admin.reset)
     export = blocking(admin.export)
+    diff = blocking(reviews.diff)
+    review = blocking(reviews.review)
+    next_pair = blocking(reviews.next_pair)
+    judge = blocking(reviews.judge)
 
 
 class AsyncAdapters(Awaiting):
@@ -46,6 +51,10 @@ class AsyncAdapters(Awaiting):
     rollback = awaiting(admin.rollback)
     reset = awaiting(admin.reset)
     export = awaiting(admin.export)
+    diff = awaiting(reviews.diff)
+    review = awaiting(reviews.review)
+    next_pair = awaiting(reviews.next_pair)
+    judge = awaiting(reviews.judge)
 
 
 class Adaptation(Blocking):

@@ -229,6 +229,31 @@ class Answer(Result):
     timings: Timings
 
 
+# --- POST /v1/answers/{id}/feedback ------------------------------------------------------------------
+
+
+class FeedbackRequest(Request):
+    """Whether an answer was right, or what the right one is. The text is compared and not kept."""
+
+    correct: StrictBool | None = None
+    answer: Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)] | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> FeedbackRequest:
+        if self.correct is None and self.answer is None:
+            raise ValueError("give 'correct', or the right 'answer'")
+        return self
+
+
+class Feedback(Result):
+    """What feedback was counted as, and for which version."""
+
+    id: str
+    adapter: str
+    version: str
+    correct: bool
+
+
 # --- adapters and adaptation (admin key) -------------------------------------------------------------
 
 # Described as a list of two: makers of clients stumble over tuples.
@@ -312,8 +337,18 @@ class Erased(Result):
     serving: str
 
 
+class FeedbackCounts(Result):
+    """Feedback on the answers of one version."""
+
+    correct: int = 0
+    incorrect: int = 0
+
+
 class BufferStatus(Result):
-    """The query buffer: `connected` false means answers go on and nothing is learned."""
+    """The query buffer: `connected` false means answers go on and nothing is learned.
+
+    `kept`: queries that are kept for review, learned from or not. `feedback`: on answers, by version.
+    """
 
     connected: bool
     waiting: int = 0
@@ -322,6 +357,8 @@ class BufferStatus(Result):
     bytes: int = 0
     oldest_age_s: float = 0.0
     ledger: dict[str, int] = {}
+    kept: int = 0
+    feedback: dict[str, FeedbackCounts] = {}
 
 
 class WorkerStatus(Result):
@@ -379,6 +416,100 @@ class Series(Result):
     columns: dict[str, list[float | None]]
     marks: list[Event]
     last_event_id: str | None = None
+
+
+# --- two versions compared on kept queries (admin key) -----------------------------------------------
+
+
+class Pair(Result):
+    """A query that two versions answer differently; which of them comes first is not told.
+
+    `images`: as `data:` URIs, at most 1024 pixels a side. An answer is null where a version gave none.
+    """
+
+    id: str
+    question: str
+    labels: list[str] = []
+    images: list[str]
+    first: str | None
+    second: str | None
+
+
+class NextPair(Result):
+    """The next pair to judge; without one, `left` queries are still to be compared: ask again."""
+
+    pair: Pair | None = None
+    left: int
+
+
+class JudgeRequest(Request):
+    """Which answer of a pair is right, by the versions that were asked for it."""
+
+    id: QueryId
+    choice: Literal["first", "second", "both", "neither"]
+    old: AdapterChoice = "base"
+    new: AdapterChoice = "live"
+
+
+class Review(Result):
+    """Is version `new` better than `old`? `kept` queries are there to compare them on.
+
+    `compared`: queries that both have answered, `different` of them not alike; of these some were judged: only
+    `old` or `new` was right, `both`, or `neither`. `gain`: how many more of the compared queries `new` answers
+    rightly, as a share of them, those included that both answer alike; `low` to `high` is its 95 % interval. None
+    without a judgement.
+    """
+
+    adapter: str
+    old: str
+    new: str
+    kept: int
+    compared: int
+    different: int
+    judged: int
+    only_old: int
+    only_new: int
+    both: int
+    neither: int
+    gain: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Change(Result):
+    """Something that two versions differ in."""
+
+    old: Any = None
+    new: Any = None
+
+
+class ChangedAnswer(Result):
+    """A kept query that two versions answer differently. `images`: small, as `data:` URIs, where asked for."""
+
+    query_id: str
+    question: str
+    labels: list[str] = []
+    images: list[str] = []
+    old: str | None
+    new: str | None
+
+
+class VersionDiff(Result):
+    """What lies between two versions: facts of their manifests, numbers of their steps and gates, and answers.
+
+    `compared`: kept queries that were answered by both for `answers`, the newest first. `next_after`: what to give
+    as `after` to go on with older ones; null where there are none, or where as many changed as were asked for.
+    """
+
+    adapter: str
+    old: str
+    new: str
+    facts: dict[str, Change]
+    metrics: dict[str, Change]
+    gate: dict[str, Change]
+    compared: int
+    answers: list[ChangedAnswer]
+    next_after: str | None = None
 
 
 class AuditEntry(Result):

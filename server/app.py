@@ -16,10 +16,12 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 
 import servetune
-from servetune.server import admin, chat, live, routes, tracing
+from servetune.server import admin, chat, live, review, routes, tracing
 from servetune.server.access import Access, Require
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer
+from servetune.server.cipher import Cipher, load_key
+from servetune.server.comparison import Comparison
 from servetune.server.description import complete
 from servetune.server.errors import as_service_error, problem
 from servetune.server.history import History
@@ -29,6 +31,7 @@ from servetune.server.measuring import Measured, MeasuredAnswers, MeasuredImages
 from servetune.server.metrics import Metrics
 from servetune.server.middleware import BodyCap, Boundary, LocalOnly
 from servetune.server.quota import Quota
+from servetune.server.receipts import Receipts
 from servetune.server.service import Services
 from servetune.server.settings import Settings
 from servetune.server.tracing import Traced
@@ -55,7 +58,8 @@ def create_app(
         UndeclaredScope: some route declares no scope; nothing is served by accident.
     """
     metrics = Metrics()
-    answers = MeasuredAnswers(metrics, settings, lines, MeasuredImages(metrics, settings))
+    receipts = Receipts(Cipher(load_key(settings)))
+    answers = MeasuredAnswers(metrics, settings, lines, MeasuredImages(metrics, settings), receipts)
     app = FastAPI(
         title="servetune",
         version=servetune.__version__,
@@ -66,13 +70,18 @@ def create_app(
         openapi_url=None,  # served by our own routes, behind the same keys as the rest
     )
     quota = Quota(settings.requests_per_minute)
-    app.state.services = Services(settings, lines, access, audit, answers, quota, history, metrics)
+    comparison = Comparison(settings.max_answer_tokens)
+    app.state.services = Services(
+        settings, lines, access, audit, answers, quota, history, metrics, receipts, comparison
+    )
     app.state.watches = Watches(app.state.services)
     app.include_router(routes.router)
     app.include_router(live.router)
     app.include_router(chat.router)
+    app.include_router(review.router)
     if access.has_admin_key:
         app.include_router(admin.router)
+        app.include_router(review.admin_router)
     for path, scopes in declared_scopes(app):
         if len(scopes) != 1:
             raise UndeclaredScope(f"{path} declares {sorted(scopes) or 'no scope'}")

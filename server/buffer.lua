@@ -13,6 +13,11 @@
 --   blob:ID      hash {entry, sealed}: where the query is in the stream, its ciphertext
 --   seen:DIGEST  set while an equal query of the same client is refused
 --   dead         stream of what was given up, without content
+--   recent       when each query that is kept for review expires, in milliseconds; sizes has how large it is
+--   kept:ID      hash of such a query: sealed, its ciphertext; and by pair of versions, what became of it there
+--   review:PAIR  how many queries were compared between two versions, and how answers were judged
+--   said         when the feedback on each answer may be forgotten; said:ID has which it was
+--   feedback     feedback by version and kind                                          (permanent)
 --
 -- Every entry leaves the stream through `remove`, which also counts it. So always:
 -- acked = trained + no_signal + rejected + dead + expired + withdrawn + XLEN(queries).
@@ -32,6 +37,12 @@ local function names(keys)
     blob = prefix .. 'blob:',
     seen = prefix .. 'seen:',
     dead = prefix .. 'dead',
+    recent = prefix .. 'recent',
+    sizes = prefix .. 'sizes',
+    kept = prefix .. 'kept:',
+    review = prefix .. 'review:',
+    said = prefix .. 'said',
+    feedback = prefix .. 'feedback',
   }
 end
 
@@ -51,6 +62,55 @@ local function find(k, id)
   return fields
 end
 
+-- Let a key live for so long at least.
+local function outlast(key, ttl_ms)
+  redis.call('PEXPIRE', key, math.max(ttl_ms, redis.call('PTTL', key)))
+end
+
+-- Keep a query for review no longer.
+local function forget(k, query)
+  local size = redis.call('HGET', k.sizes, query)
+  if size then
+    redis.call('HDEL', k.sizes, query)
+    redis.call('HINCRBY', k.sizes, 'total', -size)
+  end
+  redis.call('ZREM', k.recent, query)
+  redis.call('DEL', k.kept .. query)
+end
+
+-- Forget those whose time is over.
+local function fade(k)
+  for _, query in ipairs(redis.call('ZRANGEBYSCORE', k.recent, '-inf', now_ms(), 'LIMIT', 0, SWEEP)) do
+    forget(k, query)
+  end
+end
+
+-- Forget the oldest until what is kept has so few queries and bytes; SWEEP of them at most.
+local function make_room(k, most, room)
+  for _ = 1, SWEEP do
+    local total = tonumber(redis.call('HGET', k.sizes, 'total') or 0)
+    if redis.call('ZCARD', k.recent) <= most and total <= room then return end
+    local oldest = redis.call('ZRANGE', k.recent, 0, 0)[1]
+    if not oldest then return end
+    forget(k, oldest)
+  end
+end
+
+-- Keep a query for review, in place of the oldest.
+local function keep(k, query, sealed, most, room, ttl_ms)
+  fade(k)
+  if most > 0 and #sealed <= room then
+    redis.call('HSET', k.kept .. query, 'sealed', sealed)
+    redis.call('PEXPIRE', k.kept .. query, ttl_ms)
+    redis.call('ZADD', k.recent, now_ms() + ttl_ms, query)
+    redis.call('HSET', k.sizes, query, #sealed)
+    redis.call('HINCRBY', k.sizes, 'total', #sealed)
+    outlast(k.recent, ttl_ms)
+    outlast(k.sizes, ttl_ms)
+  end
+  make_room(k, most, room)
+end
+
 local function remove(k, entry, outcome)
   redis.call('XACK', k.queries, GROUP, entry.id)
   redis.call('XDEL', k.queries, entry.id)
@@ -62,6 +122,7 @@ local function remove(k, entry, outcome)
   end
   if outcome == 'withdrawn' then -- the same question may be asked to be kept again
     redis.call('DEL', k.seen .. entry.digest)
+    forget(k, entry.query)
   end
   redis.call('HINCRBY', k.ledger, outcome, 1)
 end
@@ -69,6 +130,7 @@ end
 -- Give an entry up. Its content goes: a query that nobody could learn from is no reason to keep a picture.
 local function bury(k, entry, reason, ttl_ms)
   remove(k, entry, 'dead')
+  forget(k, entry.query)
   redis.call('XADD', k.dead, '*', 'query', entry.query, 'digest', entry.digest, 'reason', reason)
   redis.call('XTRIM', k.dead, 'MINID', now_ms() - ttl_ms)
   redis.call('PEXPIRE', k.dead, ttl_ms)
@@ -193,7 +255,8 @@ register('setup', function(k, fingerprint, decides)
 end)
 
 -- -> the reason to refuse it, or '' once it is stored
-register('enqueue', function(k, query, digest, client, sealed, ttl_ms, max_entries, max_bytes, client_cap)
+register('enqueue', function(k, query, digest, client, sealed, ttl_ms, max_entries, max_bytes, client_cap,
+                             most_kept, kept_bytes, kept_ttl_ms)
   sweep(k, tonumber(ttl_ms))
   if redis.call('EXISTS', k.seen .. digest, k.blob .. query) > 0 then return 'duplicate' end
   local bytes = tonumber(redis.call('GET', k.bytes) or 0)
@@ -212,6 +275,7 @@ register('enqueue', function(k, query, digest, client, sealed, ttl_ms, max_entri
   redis.call('PEXPIRE', k.waiting .. client, ttl_ms)
   redis.call('INCRBY', k.bytes, #sealed)
   redis.call('HINCRBY', k.ledger, 'acked', 1)
+  keep(k, query, sealed, tonumber(most_kept), tonumber(kept_bytes), tonumber(kept_ttl_ms))
   return ''
 end)
 
@@ -287,8 +351,9 @@ register('dead_letter', function(k, reason, ttl_ms, id)
   if entry then bury(k, entry, reason, tonumber(ttl_ms)) end
 end)
 
--- -> 1 if the query was still in the buffer, else 0
+-- -> 1 if the query was still in the buffer, else 0; kept for review it is in neither case
 register('withdraw', function(k, query)
+  forget(k, query)
   local id = redis.call('HGET', k.blob .. query, 'entry')
   local entry = id and find(k, id)
   if not entry then return 0 end
@@ -305,9 +370,76 @@ register('purge', function(k, limit)
   return #entries
 end)
 
--- -> waiting, pending, dead, bytes, {ledger}, age of the oldest entry in milliseconds
+-- -> how many that were kept for review are forgotten, at most `limit`
+register('forget', function(k, limit)
+  local queries = redis.call('ZRANGE', k.recent, 0, limit - 1)
+  for _, query in ipairs(queries) do
+    forget(k, query)
+  end
+  return #queries
+end)
+
+-- -> of the queries kept for review, the newest first: id, what became of it between two versions, or ''
+register('recent', function(k, pair)
+  fade(k)
+  local rows = {}
+  for _, query in ipairs(redis.call('ZREVRANGE', k.recent, 0, -1)) do
+    rows[#rows + 1] = query
+    rows[#rows + 1] = redis.call('HGET', k.kept .. query, pair) or ''
+  end
+  return rows
+end)
+
+-- -> the ciphertext of a query kept for review, or nil
+register('recall', function(k, query)
+  return redis.call('HGET', k.kept .. query, 'sealed')
+end)
+
+-- Note what became of a query between two versions: compared once (`same`, `different`), then judged where it is
+-- different, and judged anew. -> 1, or 0 where that does not follow
+register('mark', function(k, query, pair, mark, ttl_ms)
+  if redis.call('EXISTS', k.kept .. query) == 0 then return 0 end
+  local before = redis.call('HGET', k.kept .. query, pair)
+  local compared = mark == 'same' or mark == 'different'
+  if compared and before or not compared and (not before or before == 'same') then return 0 end
+  if before and before ~= 'different' then redis.call('HINCRBY', k.review .. pair, before, -1) end
+  redis.call('HSET', k.kept .. query, pair, mark)
+  redis.call('HINCRBY', k.review .. pair, mark, 1)
+  redis.call('PEXPIRE', k.review .. pair, ttl_ms)
+  return 1
+end)
+
+register('review', function(k, pair)
+  return redis.call('HGETALL', k.review .. pair)
+end)
+
+-- Count the feedback on an answer, the last word on each; remembered of `most` answers, and for `versions` versions.
+register('say', function(k, answer, version, kind, ttl_ms, most, versions)
+  local before = redis.call('GET', k.said .. ':' .. answer)
+  for _, old in ipairs(redis.call('ZRANGEBYSCORE', k.said, '-inf', now_ms(), 'LIMIT', 0, SWEEP)) do
+    redis.call('ZREM', k.said, old)
+  end
+  if before ~= kind then
+    if before then redis.call('HINCRBY', k.feedback, version .. ' ' .. before, -1) end
+    redis.call('HINCRBY', k.feedback, version .. ' ' .. kind, 1)
+  end
+  redis.call('SET', k.said .. ':' .. answer, kind, 'PX', ttl_ms)
+  redis.call('ZADD', k.said, now_ms() + ttl_ms, answer)
+  outlast(k.said, tonumber(ttl_ms))
+  if redis.call('ZCARD', k.said) > tonumber(most) then
+    redis.call('DEL', k.said .. ':' .. redis.call('ZPOPMIN', k.said)[1])
+  end
+  local names = redis.call('HKEYS', k.feedback)
+  if #names > 2 * tonumber(versions) then
+    table.sort(names)
+    redis.call('HDEL', k.feedback, names[1])
+  end
+end)
+
+-- -> waiting, pending, dead, bytes, {ledger}, age of the oldest entry in milliseconds, kept for review, {feedback}
 register('status', function(k, ttl_ms)
   sweep(k, tonumber(ttl_ms))
+  fade(k)
   local pending = redis.call('XPENDING', k.queries, GROUP)[1]
   local oldest = redis.call('XRANGE', k.queries, '-', '+', 'COUNT', 1)[1]
   return {
@@ -317,6 +449,8 @@ register('status', function(k, ttl_ms)
     tonumber(redis.call('GET', k.bytes) or 0),
     redis.call('HGETALL', k.ledger),
     oldest and math.max(0, now_ms() - stored_ms(oldest[1])) or 0,
+    redis.call('ZCARD', k.recent),
+    redis.call('HGETALL', k.feedback),
   }
 end)
 

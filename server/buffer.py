@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,7 +29,7 @@ from redis.retry import Retry
 from redis.utils import str_if_bytes
 
 from servetune.adapters.types import Query
-from servetune.clients.types import BufferStatus, WorkerStatus
+from servetune.clients.types import BufferStatus, FeedbackCounts, WorkerStatus
 from servetune.server import connections
 from servetune.server.cipher import Cipher, Unreadable, load_key
 from servetune.server.settings import Settings
@@ -51,6 +51,8 @@ COMPACT_S = 5.0, 3600.0  # least and longest pause between two rewritings of the
 COMPACT_POLL_S = 0.2
 PURGE_CHUNK = 500  # queries that one call withdraws, so that Redis serves others in between
 FORGET_LEASES = 100  # a consumer silent for this many leases is not coming back
+MOST_SAID = 100_000  # answers of an adapter of which it is known what feedback they had
+MOST_VERSIONS = 100  # of an adapter, whose feedback is counted
 
 log = structlog.get_logger(__name__)
 
@@ -149,6 +151,7 @@ class QueryBuffer:
         self._cipher = cipher
         self._queries = _key(settings, "queries")
         self._ttl_ms = settings.buffer_ttl_s * 1000
+        self._review_ttl_ms = settings.review_ttl_s * 1000
         self._ready = False
         self._shared = shared or _Shared()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -195,11 +198,54 @@ class QueryBuffer:
         return bool(await self._call("withdraw", query_id))
 
     async def purge(self) -> int:
-        """Erase every query that was not learned from yet; returns how many. Raises BufferUnavailable."""
+        """Erase every query that was not learned from yet, and all that are kept for review.
+
+        Returns how many were not learned from. Raises BufferUnavailable.
+        """
         erased = 0
         while count := int(await self._call("purge", PURGE_CHUNK)):
             erased += count
+        while await self._call("forget", PURGE_CHUNK):
+            pass
         return erased
+
+    async def recent(self, pair: str) -> dict[str, str]:
+        """The queries that are kept for review, newest first, and what `mark` noted of each for two versions.
+
+        Raises BufferUnavailable.
+        """
+        rows = [row.decode() for row in await self._call("recent", pair)]
+        return dict(zip(rows[::2], rows[1::2], strict=True))
+
+    async def recall(self, query_id: str) -> Query | None:
+        """A query that is kept for review; None where it no longer is. Raises BufferUnavailable."""
+        sealed = await self._call("recall", query_id)
+        if sealed is None:
+            return None
+        with suppress(Unreadable):  # sealed with a key that is no more: as good as erased
+            return await asyncio.to_thread(self._cipher.open, query_id, sealed)
+        return None
+
+    async def mark(self, query_id: str, pair: str, mark: str) -> bool:
+        """Note of a kept query that two versions answer it the `same` or `different`ly or, of those, who is right.
+
+        False where the query is gone, or where that does not follow what was noted. Raises BufferUnavailable.
+        """
+        return bool(await self._call("mark", query_id, pair, mark, self._review_ttl_ms))
+
+    async def review(self, pair: str) -> dict[str, int]:
+        """How often each mark was made for two versions, also on what is gone. Raises BufferUnavailable."""
+        return _counts(await self._call("review", pair))
+
+    def coin(self, query_id: str, pair: str) -> bool:
+        """A toss for a query and two versions: it always falls the same, and needs the key to be known."""
+        return int(self._cipher.mark("coin", query_id.encode(), pair.encode()), 16) % 2 == 1
+
+    async def say(self, answer_id: str, version: str, is_correct: bool, ttl_s: float) -> None:
+        """Count feedback on an answer of a version; of each answer the last word. Raises BufferUnavailable."""
+        kind = "correct" if is_correct else "incorrect"
+        bounds = (_milliseconds(ttl_s), MOST_SAID, MOST_VERSIONS)
+        await self._call("say", answer_id, version, kind, *bounds)
 
     async def compact(self) -> None:
         """Have Redis write its file anew, without what was erased. Raises BufferUnavailable.
@@ -217,7 +263,7 @@ class QueryBuffer:
         while True:
             await asyncio.sleep(pause_s)
             found = [await buffer.status() for buffer in buffers()]
-            gone = sum(each.ledger.get("acked", 0) - each.waiting - each.pending for each in found)
+            gone = sum(each.ledger.get("acked", 0) - each.waiting - each.pending - each.kept for each in found)
             if all(each.connected for each in found) and gone != before:
                 with suppress(BufferUnavailable):
                     await self.compact()
@@ -235,10 +281,10 @@ class QueryBuffer:
     async def status(self) -> BufferStatus:
         """What is stored and what became of the rest. Never raises: `connected` tells."""
         try:
-            waiting, pending, dead, size, flat, age_ms = await self._call("status", self._ttl_ms)
+            waiting, pending, dead, size, flat, age_ms, kept, said = await self._call("status", self._ttl_ms)
         except BufferUnavailable:
             return BufferStatus(connected=False)
-        counts = {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+        counts = _counts(flat)
         ledger = {name: counts.get(name, 0) for name in LEDGER}
         return BufferStatus(
             connected=True,
@@ -248,6 +294,8 @@ class QueryBuffer:
             bytes=size,
             oldest_age_s=age_ms / 1000,
             ledger=ledger,
+            kept=kept,
+            feedback=_feedback(_counts(said)),
         )
 
     async def read_worker(self) -> WorkerStatus:
@@ -291,7 +339,10 @@ class QueryBuffer:
         digest = self._cipher.mark("seen", client.encode(), digest.encode())
         room = self._settings.buffer_bytes // self._shared.num_adapters
         quota = (self._ttl_ms, limit, room, client_cap)
-        return "FCALL", "servetune_enqueue", 1, self._queries, query.id, digest, client_mark, sealed, *quota
+        kept_room = self._settings.review_bytes // self._shared.num_adapters
+        review = (self._settings.review_queries, kept_room, self._review_ttl_ms)
+        stored = (query.id, digest, client_mark, sealed)
+        return "FCALL", "servetune_enqueue", 1, self._queries, *stored, *quota, *review
 
     async def _count_unconfirmed(self, storing: asyncio.Task[str]) -> None:
         with suppress(BufferUnavailable):
@@ -479,6 +530,17 @@ class QueryStream:
         if found.decode() != fingerprint:  # else it would give up every query as unreadable
             raise BufferUnavailable("the API seals with another key: give both the same SERVETUNE_BUFFER_KEY")
         self._ready = True
+
+
+def _counts(flat: Sequence[bytes]) -> dict[str, int]:
+    return {name.decode(): int(count) for name, count in zip(flat[::2], flat[1::2], strict=True)}
+
+
+def _feedback(counts: Mapping[str, int]) -> dict[str, FeedbackCounts]:
+    """Counts under `v0007 correct`, by version."""
+    versions = sorted({name.partition(" ")[0] for name in counts})
+    kinds = ("correct", "incorrect")
+    return {each: FeedbackCounts(**{kind: counts.get(f"{each} {kind}", 0) for kind in kinds}) for each in versions}
 
 
 @contextmanager

@@ -328,7 +328,7 @@ class Exchange:
         answers, request = self._services.answers, self._request
         wanted = self._body.logprobs_wanted
         outcome, kept = await answers.ask(request, request.images or (), *self._who, wanted, listen)
-        return outcome, answers.wire(request, outcome, kept)
+        return outcome, answers.wire(request, self._who[0], outcome, kept)
 
     async def _events(self, telling: Telling[tuple[Outcome, Answer]], text: str | None) -> AsyncIterator[str]:
         head = self._chunk_head()

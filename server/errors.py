@@ -43,6 +43,8 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "not_found": (404, "There is nothing at this address"),
     "adapter_not_found": (404, "No such adapter, alias or version"),
     "model_not_found": (404, "No such model"),
+    "answer_not_found": (404, "No such answer"),
+    "pair_not_found": (404, "No such pair of answers"),
     "method_not_allowed": (405, "The method is not allowed here"),
     "body_timeout": (408, "The body did not arrive in time"),
     "adapter_incompatible": (409, "The adapter or version was made for another base model"),

@@ -285,7 +285,8 @@ def _redis(settings: Settings) -> Iterator[str]:
     if settings.redis_url:
         yield settings.redis_url
         return
-    valkey = EmbeddedValkey.start(settings.home, settings.buffer_bytes)
+    review_bytes = settings.review_bytes if settings.review_queries else 0
+    valkey = EmbeddedValkey.start(settings.home, settings.buffer_bytes + review_bytes)
     try:
         yield valkey.url
     finally:

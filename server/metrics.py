@@ -230,6 +230,7 @@ class _Truth(Collector):
         yield gauge(
             "oldest_age_seconds", "How long the oldest query waits", lambda r: r.status.buffer.oldest_age_s
         )
+        yield gauge("kept", "Queries kept for review", lambda r: r.status.buffer.kept)
         ledger = CounterMetricFamily(
             "servetune_buffer_queries", "Queries stored, and what became of them", labels=["adapter", "outcome"]
         )
@@ -237,6 +238,16 @@ class _Truth(Collector):
             for outcome, count in reading.status.buffer.ledger.items():
                 ledger.add_metric([reading.status.adapter, outcome], count)
         yield ledger
+        said = CounterMetricFamily(
+            "servetune_feedback",
+            "Answers that clients called right or wrong",
+            labels=["adapter", "version", "kind"],
+        )
+        for reading in self.readings:
+            for version, counts in reading.status.buffer.feedback.items():
+                for kind, count in counts:
+                    said.add_metric([reading.status.adapter, version, kind], count)
+        yield said
 
     def _learning(self) -> Iterator[Metric]:
         yield self._gauge("worker_up", "Whether a worker reports", lambda r: r.status.worker.state != "absent")

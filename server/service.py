@@ -32,6 +32,7 @@ from servetune.server import tracing
 from servetune.server.access import Access, Principal
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
+from servetune.server.comparison import Comparison
 from servetune.server.engine import Outcome
 from servetune.server.errors import ServiceError
 from servetune.server.history import History
@@ -40,6 +41,7 @@ from servetune.server.images import ImageReader
 from servetune.server.lines import Line, Lines, chosen
 from servetune.server.metrics import Metrics
 from servetune.server.quota import Quota
+from servetune.server.receipts import Receipts
 from servetune.server.settings import Settings
 from servetune.server.stage import QueueFull
 
@@ -54,11 +56,12 @@ SPARE = 0.9  # share of the request's time that looking again may use up
 class AnswerService:
     """Turns wire requests into answers, and the queries among them into work for the learner."""
 
-    def __init__(self, settings: Settings, lines: Lines, images: ImageReader) -> None:
+    def __init__(self, settings: Settings, lines: Lines, images: ImageReader, receipts: Receipts) -> None:
         self._settings = settings
         self._lines = lines
         self._engine = lines.first.engine
         self._images = images
+        self._receipts = receipts
         self._keeper = Keeper()
         self._admitted_now = 0
 
@@ -72,7 +75,8 @@ class AnswerService:
         listen: Callable[[str], None] | None = None,
     ) -> Answer:
         """Answer one request, as `ask` does."""
-        return self.wire(request, *await self.ask(request, images, caller, request_id, opted_out, None, listen))
+        asked = await self.ask(request, images, caller, request_id, opted_out, None, listen)
+        return self.wire(request, caller, *asked)
 
     async def ask(
         self,
@@ -168,12 +172,12 @@ class AnswerService:
         wanted = request.deadline_s or self._settings.now_deadline_s
         return asyncio.get_running_loop().time() + min(wanted, SPARE * self._settings.request_timeout_s)
 
-    def wire(self, request: AnswerRequest, outcome: Outcome, adaptation: Adaptation) -> Answer:
+    def wire(self, request: AnswerRequest, caller: Principal, outcome: Outcome, adaptation: Adaptation) -> Answer:
         """What became of a request, in the words of the API."""
         is_choice = request.candidate_labels is not None
         kind = "label" if is_choice else "answer"
         fields = {
-            "id": new_id("ans"),
+            "id": self._receipts.write(caller.id, outcome.adapter, outcome.version, outcome.text),
             "created": int(time.time()),
             "model": self._engine.model_name,
             "adapter": _adapter(outcome),
@@ -335,3 +339,5 @@ class Services:
     quota: Quota
     history: History
     metrics: Metrics
+    receipts: Receipts
+    comparison: Comparison

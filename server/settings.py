@@ -108,6 +108,11 @@ class Settings(BaseSettings):
     buffer_bytes: int = Field(1_000_000_000, ge=1)
     buffer_ttl_s: int = Field(7 * 86_400, ge=1)
     buffer_client_share: float = Field(0.5, gt=0, le=1, description="cap per client, from two clients up")
+    review_queries: int = Field(
+        0, ge=0, le=10_000, description="newest queries of each adapter kept to compare versions on; 0: none"
+    )
+    review_bytes: int = Field(100_000_000, ge=1, description="of all adapters together")
+    review_ttl_s: int = Field(7 * 86_400, ge=1)
     buffer_wait_s: float = Field(0.05, ge=0, description="how long an answer waits for the buffer at most")
 
     # worker

@@ -28,6 +28,9 @@ from servetune.clients import (
     AuditEntry,
     Client,
     Erased,
+    Feedback,
+    Review,
+    VersionDiff,
     VersionInfo,
 )
 from servetune.clients.client import DEFAULT_BASE_URL
@@ -513,6 +516,17 @@ def recognize(
     )
 
 
+@command(app)
+def feedback(
+    client: Client,
+    answer_id: Annotated[str, typer.Argument(help="`id` of an answer that you were given.")],
+    correct: Annotated[bool | None, typer.Option("--correct/--wrong", help="Was it right?")] = None,
+    right: Annotated[str | None, typer.Option("--answer", help="Or: what the right answer is.")] = None,
+) -> Feedback:
+    """Say whether an answer was right. It is counted by version, and not learned from."""
+    return client.feedback(answer_id, correct, right=right)
+
+
 def _consent(adapt: Adapt, no_adapt: bool) -> bool | Literal["now"]:
     if no_adapt or adapt is Adapt.no:
         return False
@@ -621,6 +635,29 @@ def export(
 ) -> Path:
     """Download a version as a folder that PEFT and vLLM load."""
     return client.adapters.export(version, path, name)
+
+
+@command(adapters)
+def diff(
+    client: Client,
+    old: VersionArgument,
+    new: Annotated[str, typer.Argument(help="Another, by default what is live.")] = "live",
+    limit: Annotated[int, typer.Option(min=0, max=100, help="Changed answers to show.")] = 20,
+    name: NameOption = "default",
+) -> VersionDiff:
+    """What two versions differ in: manifests, numbers, and the answers to queries kept for review."""
+    return client.adapters.diff(old, new, name, limit=limit)
+
+
+@command(adapters)
+def review(
+    client: Client,
+    old: Annotated[str, typer.Argument(help="A version (v0007), an alias or base.")] = "base",
+    new: Annotated[str, typer.Argument(help="Another, by default what is live.")] = "live",
+    name: NameOption = "default",
+) -> Review:
+    """Is the one better than the other, by what was judged on the live page so far?"""
+    return client.adapters.review(old, new, name)
 
 
 # --- adaptation --------------------------------------------------------------------------------------

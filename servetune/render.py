@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from servetune.clients.types import AdapterInfo, Answer, AuditEntry, VersionInfo
+from servetune.clients.types import AdapterInfo, Answer, AuditEntry, Change, VersionDiff, VersionInfo
 from servetune.evals.findings import Report
 
 COLUMNS: dict[type[BaseModel], tuple[str, ...]] = {
@@ -43,6 +43,8 @@ def show(result: Any, output: Output) -> None:
     console = Console()
     if isinstance(result, Answer):
         _show_answer(console, result)
+    elif isinstance(result, VersionDiff):
+        _show_diff(console, result)
     elif isinstance(result, Report):
         _show_report(console, result)
     elif isinstance(result, BaseModel):
@@ -87,6 +89,25 @@ def _show_answer(console: Console, answer: Answer) -> None:
     learning = kept + (f": {adaptation.reason}" if adaptation.reason else "")
     note = f"{answer.adapter.name} {answer.adapter.version} · {answer.timings.inference_s:.2f} s{looks}"
     console.print(_text(f"{note} · learning {learning}", "dim"))
+
+
+def _show_diff(console: Console, diff: VersionDiff) -> None:
+    for title, changes in (("manifest", diff.facts), ("step", diff.metrics), ("gate", diff.gate)):
+        if changes:
+            rows = (
+                (name, _value("", each.old), _value("", each.new), _change(each)) for name, each in changes.items()
+            )
+            console.print(_table((title, diff.old, diff.new, "change"), rows))
+            console.print()
+    if diff.answers:
+        asked = ((each.query_id, each.question, each.old or "-", each.new or "-") for each in diff.answers)
+        console.print(_table(("query", "question", diff.old, diff.new), asked))
+    console.print(_text(f"{len(diff.answers)} of {diff.compared} kept queries are answered differently", "dim"))
+
+
+def _change(change: Change) -> str:
+    numbers = [each for each in (change.old, change.new) if isinstance(each, int | float)]
+    return f"{numbers[1] - numbers[0]:+.4g}" if len(numbers) == 2 else ""
 
 
 def _show_report(console: Console, report: Report) -> None:

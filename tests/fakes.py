@@ -6,6 +6,8 @@ import asyncio
 import base64
 import io
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -47,6 +49,7 @@ class FakeEngine:
         self.serving = store.live().version
         self.is_ready = True
         self.text: str | None = "a thing"
+        self.texts: dict[int, str | None] = {}  # of versions that answer otherwise
         self.error: BaseException | None = None
         self.hold: asyncio.Event | None = None
         self.asked: list[tuple[Query, Sampling, str]] = []
@@ -108,7 +111,7 @@ class FakeEngine:
             self.cancelled += 1
             raise
         version = self.serving if choice == "live" else self.store.resolve(choice)
-        text = query.labels[0] if query.labels else self.text
+        text = query.labels[0] if query.labels else self.texts.get(version, self.text)
         return Outcome(
             text=text,
             confidence=None if text is None else 0.75,
@@ -131,10 +134,17 @@ class FakeEngine:
 
 
 class FakeBuffer:
-    """Keeps queries in a dict; `refusal` skips, `down` breaks, `delay_s` makes it slow."""
+    """Keeps queries in a dict; `refusal` skips, `down` breaks, `delay_s` makes it slow.
+
+    With `reviews` it keeps them for review as well, and takes any mark.
+    """
 
     def __init__(self) -> None:
         self.withdrawn = 0
+        self.reviews = False
+        self.reviewed: dict[str, Query] = {}
+        self.marks: dict[tuple[str, str], str] = {}
+        self.said: dict[str, tuple[str, bool]] = {}
         self.kept: dict[str, tuple[Query, str]] = {}
         self.puts = 0
         self.refusal: str | None = None
@@ -165,11 +175,14 @@ class FakeBuffer:
         if self.refusal:
             raise Skipped(self.refusal)
         self.kept[query.id] = (query, client)
+        if self.reviews:
+            self.reviewed[query.id] = query
 
     async def withdraw(self, query_id: str) -> bool:
         if self.down:
             raise BufferUnavailable
         was_kept = self.kept.pop(query_id, None) is not None
+        self.reviewed.pop(query_id, None)
         self.withdrawn += was_kept
         return was_kept
 
@@ -178,7 +191,35 @@ class FakeBuffer:
             raise BufferUnavailable
         count = len(self.kept)
         self.kept.clear()
+        self.reviewed.clear()
         return count
+
+    async def recent(self, pair: str) -> dict[str, str]:
+        if self.down:
+            raise BufferUnavailable
+        return {id: self.marks.get((id, pair), "") for id in reversed(self.reviewed)}
+
+    async def recall(self, query_id: str) -> Query | None:
+        return self.reviewed.get(query_id)
+
+    async def mark(self, query_id: str, pair: str, mark: str) -> bool:
+        before = self.marks.get((query_id, pair))
+        if query_id not in self.reviewed or (mark in ("same", "different")) != (before is None):
+            return False
+        self.marks[query_id, pair] = mark
+        return True
+
+    async def review(self, pair: str) -> dict[str, int]:
+        marks = Counter(mark for (_, of), mark in self.marks.items() if of == pair)
+        return dict(marks) | {"different": marks.total() - marks["same"]}
+
+    def coin(self, query_id: str, pair: str) -> bool:
+        return zlib.crc32(f"{query_id} {pair}".encode()) % 2 == 1
+
+    async def say(self, answer_id: str, version: str, is_correct: bool, ttl_s: float) -> None:
+        if self.down:
+            raise BufferUnavailable
+        self.said[answer_id] = (version, is_correct)
 
     async def compact(self) -> None:
         self.compacted += 1
@@ -193,7 +234,12 @@ class FakeBuffer:
         await asyncio.Event().wait()
 
     async def status(self) -> BufferStatus:
-        return BufferStatus(connected=not self.down, waiting=len(self.kept), ledger={"acked": self.puts})
+        said = Counter((version, "correct" if right else "incorrect") for version, right in self.said.values())
+        feedback: dict[str, dict[str, int]] = {}
+        for (version, kind), count in said.items():
+            feedback.setdefault(version, {})[kind] = count
+        known: dict[str, Any] = {"ledger": {"acked": self.puts}, "feedback": feedback, "kept": len(self.reviewed)}
+        return BufferStatus(connected=not self.down, waiting=len(self.kept), **known)
 
     async def read_worker(self) -> WorkerStatus:
         return self.worker

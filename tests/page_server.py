@@ -32,6 +32,8 @@ def main(home: str, port: str, redis_url: str) -> None:
     history = History.connect(redis_url)
     world = World(Path(home), history=history)
     world.buffer.worker = WorkerStatus(state="idle", version="v0002", steps=48, last_verdict=VERDICT)
+    world.buffer.reviews = True
+    world.engine.texts = {0: "a bird", 1: "an old thing"}
     config = uvicorn.Config(world.app, http=TimelyProtocol, port=int(port), log_level="error")
     threading.Thread(target=listen, args=(redis_url,), daemon=True).start()
     asyncio.run(_Server(config, None, history).serve())

@@ -70,6 +70,33 @@ STATUS = {
     "worker": {"state": "paused"},
 }
 ERASED = {"withdrawn": 1, "dropped": ["v0002"], "live": "v0001", "serving": "v0001"}
+REVIEW = {
+    "adapter": "default",
+    "old": "v0000",
+    "new": "v0007",
+    "kept": 9,
+    "compared": 9,
+    "different": 4,
+    "judged": 2,
+    "only_old": 0,
+    "only_new": 2,
+    "both": 0,
+    "neither": 0,
+    "gain": 0.44,
+    "low": 0.01,
+    "high": 0.44,
+}
+DIFF = {
+    "adapter": "default",
+    "old": "v0003",
+    "new": "v0007",
+    "facts": {"parent": {"old": "v0002", "new": "v0006"}},
+    "metrics": {"kl": {"old": 0.25, "new": 0.5}},
+    "gate": {},
+    "compared": 9,
+    "answers": [{"query_id": "q_1", "question": "what [red]is it?", "old": "a cat", "new": None}],
+}
+FEEDBACK = {"id": "ans_1", "adapter": "default", "version": "v0007", "correct": False}
 AUDIT = [{"timestamp": 1.0, "event": f"event_{i}", "actor": "admin"} for i in range(3)]
 
 
@@ -96,6 +123,9 @@ def reply(request):
         "versions": {"data": [VERSION]},
         "snapshot": VERSION,
         "reset": VERSION,
+        "review": REVIEW,
+        "diff": DIFF,
+        "feedback": FEEDBACK,
     }
     body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
     if path == "/v1/adapters" and request.method == "POST":
@@ -150,6 +180,10 @@ COMMANDS = [
     "adapters rollback",
     "adapters reset --to base --purge-buffer",
     "adapters export v0001 {home}/out",
+    "adapters diff v0003 v0007",
+    "adapters review",
+    "feedback ans_1 --wrong",
+    "feedback ans_1 --answer cat",
     "status",
     "status --name camera-7",
     "config",
@@ -180,6 +214,25 @@ def test_an_answer_is_shown_with_its_confidence_and_without_its_tricks(server, i
     assert "dog" in result.stdout
     assert "default v0007" in result.stdout
     assert "learning skipped: adapt_false" in result.stdout
+
+
+def test_a_diff_shows_what_changed(server):
+    result = run("adapters", "diff", "v0003", "v0007", "--limit", "5", "--name", "camera")
+    [request] = server
+    assert str(request.url.copy_with(query=None)).endswith("/v1/adapters/camera/diff")
+    assert dict(request.url.params) == {"old": "v0003", "new": "v0007", "limit": "5"}
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert ["manifest", "v0003", "v0007", "change"] in lines
+    assert ["kl", "0.25", "0.5", "+0.25"] in lines
+    assert ["q_1", "what", "[red]is", "it?", "a", "cat", "-"] in lines
+    assert "1 of 9 kept queries are answered differently" in result.stdout
+
+
+def test_feedback_reaches_the_server(server):
+    run("feedback", "ans_1", "--wrong", "--answer", "a dog")
+    [request] = server
+    assert request.url.path == "/v1/answers/ans_1/feedback"
+    assert json.loads(request.content) == {"correct": False, "answer": "a dog"}
 
 
 def test_options_reach_the_server(server, image):
@@ -270,6 +323,7 @@ def test_a_refusal_is_one_line_with_code_and_request_id(server):
         ("adapters export v0001 {home}", "exists already"),
         ("answer", "Missing argument"),
         ("status -o xml", "xml"),
+        ("feedback ans_1", "say whether it was correct"),
     ],
 )
 def test_a_mistake_of_the_user_is_exit_code_2(server, home, image, line, reason):

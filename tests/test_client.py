@@ -975,11 +975,18 @@ def test_importing_the_sdk_pulls_in_nothing_heavy():
 
 
 @pytest.fixture
-def server_client(tmp_path):
-    """The real app on fakes, and a client with both keys."""
+def world(tmp_path):
+    """The real app on fakes."""
     from tests import fakes
 
-    world = fakes.World(tmp_path / "home", user_keys=(fakes.USER_KEY,))
+    return fakes.World(tmp_path / "home", user_keys=(fakes.USER_KEY,))
+
+
+@pytest.fixture
+def server_client(world):
+    """A client of it with both keys."""
+    from tests import fakes
+
     return AsyncClient(
         "http://localhost",
         api_key=fakes.USER_KEY,
@@ -1003,6 +1010,45 @@ async def test_questions_to_the_real_app(server_client):
         assert caught.value.request_id
         with pytest.raises(clients.AdapterNotFoundError):
             await client.answer(picture(), "what?", adapter="v0099")
+
+
+async def test_is_it_helping_in_the_real_app(server_client, world):
+    world.buffer.reviews = True
+    world.engine.texts[0] = "a bird"
+    async with server_client as client:
+        line = client.adapters
+        answer = await client.answer(picture(), "what?")
+        said = await client.feedback(answer, right="the bird")
+        assert (said.version, said.correct) == ("v0002", False)
+        assert (await client.feedback(answer.id, True)).correct
+        with pytest.raises(clients.NotFoundError):
+            await client.feedback("ans_1", True)
+        with pytest.raises(ValueError, match="right answer"):
+            await client.feedback(answer)
+        found = (await line.next_pair(0, 2)).pair
+        assert {found.first, found.second} == {"a thing", "a bird"}
+        report = await line.judge(found.id, "first" if found.first == "a thing" else "second", 0, 2)
+        assert (report.only_new, report.gain) == (1, 1.0)
+        assert (await line.review()) == report
+        assert (await line.next_pair(skip=found.id)).pair is None
+        changed = await line.diff(0, 2, images=True)
+        assert [(each.old, each.new, len(each.images)) for each in changed.answers] == [("a bird", "a thing", 1)]
+
+
+def test_a_diff_is_read_to_its_end(ask):
+    def page(number, next_after):
+        answers = [{"query_id": f"q_{number}", "question": "?", "old": "a", "new": "b"}]
+        told = {"adapter": "default", "old": "v0001", "new": "v0002", "facts": {}, "metrics": {}, "gate": {}}
+        return ok({**told, "compared": 3, "answers": answers, "next_after": next_after})
+
+    server = Server(page(2, "q_2"), page(1, None))
+    found = ask(server, lambda c: c.adapters.diff(1, 2, limit=5))
+    assert ([each.query_id for each in found.answers], found.compared) == (["q_2", "q_1"], 6)
+    asked = [dict(request.url.params) for request in server.requests]
+    assert asked == [
+        {"old": "v0001", "new": "v0002", "limit": "5"},
+        {"old": "v0001", "new": "v0002", "limit": "4", "after": "q_2"},
+    ]
 
 
 async def test_the_whole_life_of_an_adapter_in_the_real_app(server_client, tmp_path):

@@ -395,6 +395,109 @@ def test_where_a_key_is_needed_it_is_asked_for(browser: Any, tmp_path: Path) -> 
         thread.join(20)
 
 
+# --- is it helping me? ---------------------------------------------------------------------------------
+
+
+def ask(site: Site, *questions: str) -> list[str]:
+    """Questions that are kept, and the ids of their queries."""
+    asked = [
+        httpx2.post(f"{site.url}v1/answer", data={"question": each}, files={"image": PICTURE.read_bytes()})
+        for each in questions
+    ]
+    return [reply.json()["adaptation"]["query_id"] for reply in asked]
+
+
+def forget(site: Site) -> None:
+    """Erase what was kept."""
+    httpx2.post(f"{site.url}v1/adapters/default/reset", json={"purge_buffer": True}, headers=ADMIN)
+    httpx2.post(f"{site.url}v1/adapters/default/promote", json={"version": "v0002"}, headers=ADMIN)
+
+
+def test_an_answer_is_called_right_or_wrong(visit: Visit) -> None:
+    page = visit.page
+    page.set_input_files("#image", PICTURE)
+    page.fill("#question", "What is this?")
+    page.click("#submit")
+    visit.see("#answer .said", "a thing")
+    page.click("[data-correct=false]")
+    visit.see("#answer .feedback", "Counted as wrong.")
+    visit.see("[data-vital=Feedback] dd", "0 right · 1 wrong")
+
+
+def test_pairs_are_judged_blind_by_mouse_and_by_keyboard(visit: Visit, site: Site) -> None:
+    page = visit.page
+    forget(site)
+    visit.see("#review-locked", "needs the admin key")
+    visit.unlock()
+    visit.see("#reviewing")
+    page.click("#review-form button")
+    visit.see("#review-told", "No queries are kept")
+    questions = [f"What is number {number}?" for number in range(4)]
+    ask(site, *questions)
+    page.click("#review-form button")
+    seen = []
+    for number in range(4):
+        visit.see("#pair")
+        playwright.expect(page.locator("#pair")).to_be_focused(timeout=WITHIN_MS)
+        seen.append(page.locator("#pair-question").inner_text())
+        said = page.locator("#pair-choices .said span").all_inner_texts()
+        assert sorted(said) == ["a bird", "a thing"]
+        assert "v000" not in page.locator("#pair").inner_text()
+        assert page.locator("#pair-images img").evaluate("each => each.decode().then(() => each.naturalWidth)") > 0
+        place = said.index("a thing")
+        if number % 2:
+            page.locator("#pair-choices .said").nth(place).click()
+        else:
+            page.keyboard.press(str(place + 1))
+        playwright.expect(page.locator("#review-result")).to_contain_text(f"{number + 1} of these judged")
+    assert sorted(seen) == questions
+    visit.see("#review-told", "all that differ are judged")
+    visit.see("#review-result", "It helps: +100 %")
+    visit.see("#review-result", "v0002 is right in that many more of the compared queries than v0000")
+    page.focus("#review-form button")
+    page.keyboard.press("1")
+    playwright.expect(page.locator("#review-result")).to_contain_text("4 of these judged")
+
+
+def test_a_query_that_was_erased_meanwhile_is_passed_over(visit: Visit, site: Site) -> None:
+    visit.may_fail = True  # a refusal is an error in the browser's console
+    forget(site)
+    ids = ask(site, "What is one?", "What is two?")
+    visit.unlock()
+    visit.see("#reviewing")
+    visit.page.click("#review-form button")
+    shown = visit.see("#pair-question").inner_text()
+    gone = ids[0] if "one" in shown else ids[1]
+    httpx2.post(f"{site.url}v1/adaptation/erase", json={"query_ids": [gone]}, headers=ADMIN)
+    visit.page.keyboard.press("3")
+    visit.see("#pair-question", "two" if "one" in shown else "one")
+
+
+def test_two_versions_are_laid_side_by_side_and_one_click_goes_back(visit: Visit, site: Site) -> None:
+    page = visit.page
+    forget(site)
+    ask(site, "What is this then?")
+    visit.unlock()
+    visit.see("#acts")
+    page.locator("#marks li[data-kind=publish] button", has_text="v0001 published").click()
+    page.select_option("#versus-other", "v0002")
+    page.click("#versus button")
+    visit.see("#versus-result", "1 of 1 recent queries are answered differently")
+    assert page.locator("#versus-result .changed p").inner_text().split("\n") == [
+        "What is this then?",
+        "v0001: an old thing",
+        "v0002: a thing",
+    ]
+    visit.see("#versus-result table", "parent")
+    page.click("#versus-back")
+    visit.see("#confirm", "Roll back?")
+    assert page.locator("#confirm select").input_value() == "v0001"
+    page.click("#confirm-yes")
+    visit.see("#done", "Rolled back to v0001")
+    page.click("#done >> text=Undo")
+    visit.see("#done", "v0002 is live again")
+
+
 # --- for everyone ------------------------------------------------------------------------------------
 
 
@@ -411,6 +514,17 @@ def test_it_is_accessible(browser: Any, site: Site, look: str) -> None:
         assert faults(axe, made.page) == []
         made.page.locator("#marks li[data-kind=publish] button").first.click()
         made.see("#detail table >> nth=0")
+        assert faults(axe, made.page) == []
+        made.page.keyboard.press("Escape")
+        ask(site, f"Is this {look}?")
+        made.unlock()
+        made.see("#reviewing")
+        made.page.click("#review-form button")
+        made.see("#pair")
+        assert faults(axe, made.page) == []
+        made.page.locator("#marks li[data-kind=publish] button", has_text="v0001 published").click()
+        made.page.click("#versus button")
+        made.see("#versus-back")
         assert faults(axe, made.page) == []
         made.page.keyboard.press("Escape")
         made.page.click("#open-keys")

@@ -27,7 +27,7 @@ from servetune.server.webhook import COLLAPSE, DRIFT, PAUSES_S, Alert, Messenger
 from tests.fakes import World, until
 from tests.redis_servers import running
 
-SECRET = "whsec_" + base64.b64encode(b"between the two of us").decode()
+SECRET = "whsec_" + base64.b64encode(b"between the two of us").decode()  # pragma: allowlist secret
 ALERT = Alert("a:1-0:rollback", "rollback", "a", 1.5, {"version": "v0001"})
 
 

@@ -48,9 +48,9 @@ export class Acts {
     document.querySelector("[data-act=resume]").hidden = !paused;
   }
 
-  async begin(name) {
+  async begin(name, ...given) {
     try {
-      await this[name]();
+      await this[name](...given);
     } catch (error) {
       this.tell(error instanceof Problem ? error.message : "The server cannot be reached.");
     }
@@ -85,8 +85,9 @@ export class Acts {
     this.moved(`${after.live} is live.`, before.live, after.generation);
   }
 
-  async rollback() {
+  async rollback(to) {
     const [before, choice] = await Promise.all([admin(this.line), this.versions("last-good")]);
+    if (to) choice.value = to;
     if (!(await confirmed("Roll back?", `${before.live} is live now. Learning goes on from the version that is chosen.`, "Roll back", field("To", choice)))) return;
     const after = await admin(`${this.line}/rollback`, { method: "POST", body: { to: choice.value } });
     this.moved(`Rolled back to ${after.live}.`, before.live, after.generation);

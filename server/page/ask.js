@@ -3,6 +3,7 @@
 import { chosen, request } from "./api.js";
 import { $, duration, el, percent } from "./dom.js";
 
+const FEEDBACK = [["Right", true], ["Wrong", false]];
 const SIDE = 2048; // pixels; the server reads no more
 const WHY = {
   adapt_false: "not kept, as you wished",
@@ -107,7 +108,23 @@ function shown(answer) {
     el("p", { className: "fine" },
       el("span", { "data-fact": "version" }, adapter.version), ` answered in ${duration(timings.queue_s + timings.inference_s)}; `,
       el("span", { "data-fact": "kept", "data-status": adaptation.status }, kept), "."),
+    feedback(answer.id),
   ].filter(Boolean);
+}
+
+/** Asks whether an answer was right. The last word counts. */
+function feedback(id) {
+  const told = el("span", { role: "status" });
+  const buttons = FEEDBACK.map(([word, correct]) => el("button", { type: "button", className: "link", "data-correct": String(correct) }, word));
+  FEEDBACK.forEach(([word, correct], place) => buttons[place].addEventListener("click", async () => {
+    try {
+      await request(`v1/answers/${encodeURIComponent(id)}/feedback`, { method: "POST", body: { correct } });
+      told.textContent = `Counted as ${word.toLowerCase()}.`;
+    } catch (error) {
+      told.textContent = error.status ? error.message : "The server cannot be reached.";
+    }
+  }));
+  return el("p", { className: "fine feedback" }, "Was it right? ", buttons[0], " ", buttons[1], " ", told);
 }
 
 function bar({ label, answer, score }) {

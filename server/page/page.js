@@ -5,6 +5,7 @@ import { about, admin, chosen, follow, key, onKeys, Problem, request, setKeys } 
 import { prepareAsking } from "./ask.js";
 import { LearningCharts, ServingCharts } from "./charts.js";
 import { $, duration, durations, el, number, percent, say } from "./dom.js";
+import { Review } from "./review.js";
 import { Timeline } from "./timeline.js";
 
 const MODES = { learning: "learning", paused: "paused", waiting: "waiting", absent: "no worker", degraded: "degraded" };
@@ -16,6 +17,8 @@ const learning = new LearningCharts($("charts"), axis);
 const serving = new ServingCharts($("serving"));
 const timeline = new Timeline($("marks"), $("no-marks"));
 const acts = new Acts(timeline);
+const review = new Review();
+timeline.rollback = (version) => acts.begin("rollback", version);
 let status = null; // the last word on how things stand
 let complete = false; // whether the history was read
 let newest = "0-0"; // id of the last event that is shown
@@ -28,7 +31,8 @@ async function load() {
   const adapter = chosen || info.adapter;
   say($("what"), `${adapter} · ${info.model}`);
   document.title = `${adapter} · servetune`;
-  acts.adapter = timeline.adapter = adapter;
+  acts.adapter = timeline.adapter = review.adapter = adapter;
+  review.unlock();
   showAdapters(adapter).catch(() => {}); // without them one sees this one
   try {
     const series = await request(about("v1/adaptation/series?limit=5000"));
@@ -106,6 +110,8 @@ function showStatus() {
   vital("Queue", number(requests.waiting));
   vital("Buffer", kept, buffer.connected ? "" : "degraded");
   vital("Answers", `${number(requests.per_s)}/s`);
+  const said = buffer.feedback?.[status.serving];
+  if (said) vital("Feedback", `${number(said.correct)} right · ${number(said.incorrect)} wrong`);
   vital("p50 · p95", durations(requests.p50_s ?? NaN, requests.p95_s ?? NaN));
   if (!complete && status.last_verdict) showVerdict(status.last_verdict);
 }
@@ -169,6 +175,7 @@ $("open-keys").addEventListener("click", () => askKeys($("user-key")));
 $("unlock").addEventListener("click", () => askKeys($("admin-key")));
 onKeys(() => {
   acts.unlock();
+  review.unlock();
   showAdapters(acts.adapter).catch(() => {});
 });
 

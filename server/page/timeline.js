@@ -1,7 +1,8 @@
 // What became of the versions, newest first; each opens what is known of it.
 
-import { admin, key } from "./api.js";
+import { admin, key, Problem } from "./api.js";
 import { $, duration, el, moment, number } from "./dom.js";
+import { versus } from "./review.js";
 
 const MOST = 200;
 const ENDS_IN_SWAP = new Set(["publish", "promote", "rollback", "reset"]);
@@ -30,6 +31,7 @@ export class Timeline {
     this.emptiness = empty;
     this.adapter = "default";
     this.serving = null;
+    this.rollback = () => {}; // what moves `live` back to a version
     this.clear();
   }
 
@@ -69,6 +71,47 @@ export class Timeline {
     $("detail-body").replaceChildren(body);
     $("detail").showModal();
     if (version) body.append(...(await this.describe(version)).filter(Boolean));
+    if (version && key("admin")) body.append(...(await this.choice(version)));
+  }
+
+  /** Offers to lay another version beside one. */
+  async choice(version) {
+    const { data } = await admin(`${this.line}/versions?limit=100`).catch(() => ({ data: [] }));
+    const others = data.map((each) => each.version).filter((each) => each !== version);
+    if (!others.length) return [];
+    const other = el("select", { id: "versus-other" }, others.map((each) => el("option", { value: each }, each)));
+    if (others.includes(this.serving)) other.value = this.serving;
+    const place = el("div", { id: "versus-result" });
+    const told = el("p", { className: "fine", role: "status" });
+    const form = el("form", { id: "versus", className: "row" }, el("label", { className: "inline" }, "Compare with ", other),
+      el("button", { type: "submit", className: "quiet" }, "Compare"));
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      this.compare(version, other.value, place, told);
+    });
+    return [form, told, place];
+  }
+
+  async compare(version, other, place, told) {
+    told.textContent = "Comparing…";
+    place.replaceChildren();
+    try {
+      const [old, newer] = [version, other].sort();
+      const back = el("button", { type: "button", id: "versus-back" }, `Roll back to ${old}…`);
+      back.addEventListener("click", () => {
+        $("detail").close();
+        this.rollback(old);
+      });
+      const found = await versus(this.line, old, newer);
+      place.replaceChildren(...found, ...(old === this.serving ? [] : [back]));
+      told.textContent = `${old} and ${newer}:`;
+    } catch (error) {
+      told.textContent = error instanceof Problem ? error.message : "The server cannot be reached.";
+    }
+  }
+
+  get line() {
+    return `v1/adapters/${encodeURIComponent(this.adapter)}`;
   }
 
   async describe(version) {
@@ -92,7 +135,7 @@ export class Timeline {
   async about(version) {
     if (key("admin")) {
       try {
-        return await admin(`v1/adapters/${encodeURIComponent(this.adapter)}/versions/${encodeURIComponent(version)}`);
+        return await admin(`${this.line}/versions/${encodeURIComponent(version)}`);
       } catch { /* a wrong key, or a version that is gone: what was told is left */ }
     }
     return this.versions.get(version) ?? null;
