@@ -111,11 +111,13 @@ async def test_over_tls_with_a_user_of_its_own(tmp_path: Path) -> None:
         "default",
         "off",
     ]
-    url = f"rediss://servetune:pass%3Aword@127.0.0.1:{port}/0?ssl_ca_certs={vouches}"
+    url = f"rediss://servetune:pass%3Aword@127.0.0.1:{port}/0?ssl_ca_certs={vouches}"  # pragma: allowlist secret
     with redis_server(tmp_path / "redis", *options, *acl):
         eventually(lambda: answers(url))
         assert not answers(url.replace("pass%3Aword", "wrong"))
-        assert not answers(f"rediss://servetune:pass%3Aword@127.0.0.1:{port}"), "who vouches for it?"
+        assert not answers(f"rediss://servetune:pass%3Aword@127.0.0.1:{port}"), (
+            "who vouches for it?"
+        )  # pragma: allowlist secret
         await is_used(Settings(home=tmp_path), url)
         with redis.Redis(connection_pool=connections.pool(url)) as client:
             with pytest.raises(redis.exceptions.NoPermissionError):
@@ -192,7 +194,7 @@ def test_a_url_that_cannot_be_used_says_why(tmp_path: Path, url: str, complaint:
     ("url", "shown"),
     [
         ("redis://host:1/0", "redis://host:1/0"),
-        ("rediss://ann:s3@cret@host/0", "rediss://ann:***@host/0"),
+        ("rediss://ann:s3@cret@host/0", "rediss://ann:***@host/0"),  # pragma: allowlist secret
         (
             "redis+sentinel://:secret@a,b/main?sentinel_password=guard",
             "redis+sentinel://:***@a,b/main?sentinel_password=***",
