@@ -4,7 +4,8 @@
 the SHA-256 of the others; its own is in `manifest.json.sha256`, as `sha256sum -c` reads it. A version is written
 to a staging folder, synced and renamed, so that it is there completely or not at all. Aliases are one small file,
 replaced atomically; `live` carries a generation that only grows, and whoever moves it can say which generation
-they looked at. A file lock orders the writers of all processes; readers need none.
+they looked at. A file lock orders the writers of all processes; readers need none. Retention deletes weights and
+never a manifest; a version is on record as retired before the first of its files goes.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
+from servetune.adapters.parcel import Parcel
+from servetune.adapters.retention import Hold, superfluous
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import (
     Alias,
@@ -40,6 +43,7 @@ from servetune.adapters.versions import (
     Manifest,
     NameTaken,
     Origin,
+    RetiredVersion,
     StoreBusy,
     UnknownVersion,
     read_aliases,
@@ -97,7 +101,12 @@ class AdapterStore:
         return read_manifest(written, version)
 
     def weights(self, version: int) -> dict[str, Tensor]:
-        """The weights of a version, verified with its configuration. Raises UnknownVersion, CorruptVersion."""
+        """The weights of a version, verified with its configuration.
+
+        Raises:
+            UnknownVersion, CorruptVersion: it is not there, or not what was written.
+            RetiredVersion: retention deleted them.
+        """
         self._verified(version, CONFIG)
         return self._tensors(version, WEIGHTS)
 
@@ -149,10 +158,37 @@ class AdapterStore:
             return 0, []
         return content["count"], content["ids"]
 
+    def pinned(self) -> list[int]:
+        """Versions whose weights the operator keeps, ascending. Raises CorruptVersion."""
+        return sorted(self._read_aliases().get("pinned", ()))
+
+    def retired(self) -> list[int]:
+        """Versions whose weights retention deleted, ascending. Raises CorruptVersion."""
+        return sorted(self._read_aliases().get("retired", ()))
+
+    def hold(self, version: int) -> Hold:
+        """Keep retention from the weights of a version while they are in use.
+
+        Raises UnknownVersion, RetiredVersion, CorruptVersion.
+        """
+        self._refuse_retired(version)
+        try:
+            return Hold(self._path(version) / WEIGHTS)
+        except BlockingIOError:
+            raise _retired(version) from None
+        except FileNotFoundError:
+            self.manifest(version)
+            raise CorruptVersion(f"{version_name(version)}: {WEIGHTS} is missing") from None
+
     @property
     def paused(self) -> bool:
         """Is learning switched off by the operator?"""
         return self._pause_mark.exists()
+
+    def check(self, parcel: Parcel) -> None:
+        """Whether what came from elsewhere is an adapter for this model. Raises UnfitAdapter, CorruptVersion."""
+        config = json.loads(self._verified(BASE, CONFIG))
+        parcel.check(self.manifest(BASE), config, self.weights(BASE))
 
     def fits(self, config: Mapping[str, Any], base_digest: str) -> bool:
         """Whether its versions are of this base model and shape. Raises UnknownVersion, CorruptVersion."""
@@ -175,6 +211,7 @@ class AdapterStore:
             for leftover in self.folder.glob(".staging-*"):
                 shutil.rmtree(leftover)
             self._remove(self._read_aliases().get("dropped", ()))  # where a crash came between
+            self._strip(self._read_aliases().get("retired", ()))
             if BASE not in self.versions():
                 draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
                 self._write(BASE, draft, config, base_digest)
@@ -262,6 +299,8 @@ class AdapterStore:
                     aliases[alias] = self._servable(number, dropped)
             content["generation"] += aliases["live"] != before
             content["promoted"] = [number for number in content["promoted"] if number not in dropped]
+            content["pinned"] = [number for number in content.get("pinned", ()) if number not in dropped]
+            content["retired"] = [number for number in content.get("retired", ()) if number not in dropped]
             content["newest"] = self._newest()
             content["dropped"] = [*content.get("dropped", ()), *dropped]
             count, known = self.erased()
@@ -270,6 +309,40 @@ class AdapterStore:
             self._write_aliases(content)
             self._remove(dropped)
             return Erasure(tuple(dropped), Alias(aliases["live"], content["generation"]))
+
+    def pin(self, version: int) -> Alias:
+        """Keep the weights of a version from retention until it is unpinned.
+
+        Raises:
+            UnknownVersion, CorruptVersion, RetiredVersion: there are no weights to keep.
+        """
+        return self._set_pinned(version, True)
+
+    def unpin(self, version: int) -> Alias:
+        """Leave the weights of a version to retention again. Raises UnknownVersion, CorruptVersion."""
+        return self._set_pinned(version, False)
+
+    def retain(self, recent: int, best: int) -> list[int]:
+        """Delete the weights of versions that are neither recent nor among the best; gives their numbers.
+
+        The base, what an alias names, what is pinned or held, and what `live` came from stay. A crash between
+        leaves a version that is refused, and whose files go at the next start.
+        """
+        with self._lock():
+            content = self._read_aliases()
+            retired, aliases = content.get("retired", []), content["aliases"]
+            whole = list(filter(None, map(self._readable, (n for n in self.versions() if n not in retired))))
+            came_from = {made.parent for made in whole if made.version == aliases["live"]}
+            safe = {BASE, *aliases.values(), *content.get("pinned", ()), *came_from}
+            holds = {number: self._alone(number) for number in superfluous(whole, safe, recent, best)}
+            gone = [number for number, hold in holds.items() if hold]
+            if gone:
+                content["retired"] = [*retired, *gone]
+                self._write_aliases(content)
+                self._strip(gone)
+            for hold in filter(None, holds.values()):
+                hold.close()
+            return gone
 
     def num_learned(self) -> int:
         """Queries that the live version has learned from: its own and those of all that it goes back to."""
@@ -315,6 +388,36 @@ class AdapterStore:
                 found[version] = made.parent
         return found
 
+    def _set_pinned(self, version: int, wanted: bool) -> Alias:
+        with self._lock():
+            self.manifest(version)
+            if wanted:
+                self._verified(version, WEIGHTS)
+            content = self._read_aliases()
+            others = [number for number in content.get("pinned", ()) if number != version]
+            content["pinned"] = [*others, version] if wanted else others
+            self._write_aliases(content)
+            return Alias(version, content["generation"])
+
+    def _alone(self, version: int) -> Hold | None:
+        """A hold that nobody else has; None where somebody has one, or there is nothing to hold."""
+        try:
+            return Hold(self._path(version) / WEIGHTS, alone=True)
+        except (BlockingIOError, FileNotFoundError):
+            return None
+
+    def _strip(self, versions: Iterable[int]) -> None:
+        """Delete weights and optimizer states; the optimizer's first, which is nothing by itself."""
+        for version in versions:
+            for name in (OPTIMIZER, WEIGHTS):
+                (self._path(version) / name).unlink(missing_ok=True)
+            if self._path(version).exists():
+                _sync(self._path(version))
+
+    def _refuse_retired(self, version: int) -> None:
+        if version in self._read_aliases().get("retired", ()):
+            raise _retired(version)
+
     def _servable(self, version: int, dropped: Mapping[int, int]) -> int:
         """The nearest version that a dropped one came from, that stays and is not damaged."""
         while version in dropped or (version != BASE and not self._is_whole(version)):
@@ -324,9 +427,16 @@ class AdapterStore:
     def _is_whole(self, version: int) -> bool:
         try:
             self.weights(version)
-        except CorruptVersion:
+        except (CorruptVersion, RetiredVersion):
             return False
         return True
+
+    def _readable(self, version: int) -> Manifest | None:
+        """A version's manifest; None where it is damaged."""
+        try:
+            return self.manifest(version)
+        except CorruptVersion:
+            return None
 
     def _parent(self, version: int) -> int:
         return self.manifest(version).parent or BASE
@@ -348,6 +458,8 @@ class AdapterStore:
 
     def _verified(self, version: int, name: str) -> bytes:
         expected = self.manifest(version).files.get(name)
+        if name in (WEIGHTS, OPTIMIZER):
+            self._refuse_retired(version)
         try:
             content = (self._path(version) / name).read_bytes()
         except FileNotFoundError:
@@ -480,6 +592,13 @@ def _replace(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(staging, path)
     _sync(path.parent)
+
+
+def _retired(version: int) -> RetiredVersion:
+    return RetiredVersion(
+        f"retention deleted the weights of {version_name(version)}: choose a version that has them, or import an "
+        "export of it; pin what must stay"
+    )
 
 
 def _digest_line(manifest: bytes) -> bytes:

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from servetune.clients.exports import check_free, unpack
+from servetune.clients.exports import check_free, pack, unpack
 from servetune.clients.replies import nothing, reads, reads_rows
 from servetune.clients.session import Call, Rows, Session, Steps, Work
 from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, Erased, VersionInfo
@@ -91,6 +91,24 @@ def rollback(
     return session.send(_post(_route(name, "rollback"), AdapterInfo, body, idempotency_key))
 
 
+def pin(
+    session: Session, version: str | int, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[VersionInfo]:
+    """Keep the weights of a version from retention. Raises ConflictError where they are gone, APIError."""
+    return session.send(
+        _post(_route(name, "versions", version_name(version), "pin"), VersionInfo, {}, idempotency_key)
+    )
+
+
+def unpin(
+    session: Session, version: str | int, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[VersionInfo]:
+    """Leave the weights of a version to retention again. Raises AdapterNotFoundError, APIError."""
+    return session.send(
+        _post(_route(name, "versions", version_name(version), "unpin"), VersionInfo, {}, idempotency_key)
+    )
+
+
 def reset(
     session: Session,
     to: str | int = "base",
@@ -121,6 +139,32 @@ def export(
         yield from session.send(Call("GET", route, nothing, admin=True, sink=archive))
         yield Work(partial(unpack, archive, target))
     return target
+
+
+def import_adapter(
+    session: Session,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    promote: bool = False,
+    idempotency_key: str | None = None,
+) -> Steps[VersionInfo]:
+    """Publish an adapter from elsewhere as a version: a directory that PEFT or `export` made, or a tar of one.
+
+    promote: also make it live. Raises FileNotFoundError where there is no adapter, UnprocessableEntityError where
+    it does not fit the server's model, and APIError.
+    """
+    return session.send(
+        Call(
+            "POST",
+            _route(name, "import"),
+            reads(VersionInfo),
+            query={"promote": "true" if promote else None},
+            admin=True,
+            idempotency_key=idempotency_key,
+            tar=partial(pack, Path(path)),
+        )
+    )
 
 
 # --- adaptation --------------------------------------------------------------------------------------

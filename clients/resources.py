@@ -31,6 +31,9 @@ class Adapters(Blocking):
     rollback = blocking(admin.rollback)
     reset = blocking(admin.reset)
     export = blocking(admin.export)
+    import_adapter = blocking(admin.import_adapter)
+    pin = blocking(admin.pin)
+    unpin = blocking(admin.unpin)
 
 
 class AsyncAdapters(Awaiting):
@@ -46,6 +49,9 @@ class AsyncAdapters(Awaiting):
     rollback = awaiting(admin.rollback)
     reset = awaiting(admin.reset)
     export = awaiting(admin.export)
+    import_adapter = awaiting(admin.import_adapter)
+    pin = awaiting(admin.pin)
+    unpin = awaiting(admin.unpin)
 
 
 class Adaptation(Blocking):

@@ -239,13 +239,14 @@ Steps = Annotated[tuple[int, int], WithJsonSchema(_TWO)]
 class VersionInfo(Result):
     """An immutable version of an adapter, as its manifest describes it.
 
-    `temperature` divides its log-probabilities before they are shown as confidence.
+    `temperature` divides its log-probabilities before they are shown as confidence. `pinned`: the operator keeps
+    its weights. `retired`: retention deleted them, and it can no longer be served.
     """
 
     version: str
     parent: str | None = None
     created: float
-    origin: Literal["base", "worker", "snapshot", "reset"]
+    origin: Literal["base", "worker", "snapshot", "reset", "import"]
     label: str | None = None
     digest: str
     base_digest: str
@@ -257,6 +258,8 @@ class VersionInfo(Result):
     metrics: dict[str, float] = {}
     gate: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
+    pinned: bool = False
+    retired: bool = False
 
 
 class AdapterInfo(Result):
@@ -348,8 +351,9 @@ class AdaptationStatus(Result):
 class Event(Result):
     """Something that happened to an adapter, with numbers and names and nothing that anybody sent.
 
-    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `pause`, `resume` or
-    `erase`; `status`, which has no id and is not kept, says how things stand. `time` is in seconds since 1970.
+    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `import`, `pin`,
+    `unpin`, `retire`, `pause`, `resume` or `erase`; `status`, which has no id and is not kept, says how things
+    stand. `time` is in seconds since 1970.
     """
 
     id: str | None = None

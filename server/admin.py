@@ -7,7 +7,8 @@ refresh of the engine, so that the reply is true for this process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -16,9 +17,10 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
 
+from servetune.adapters.parcel import unpack
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE
-from servetune.adapters.versions import Manifest, StoreError, version_name
+from servetune.adapters.versions import Alias, Manifest, StoreError, version_name
 from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
@@ -60,7 +62,11 @@ class Tar(StreamingResponse):
     media_type = "application/x-tar"
 
 
+TAKES_FILE = re.compile(r"/v1/adapters/[^/]+/import")
+"""Paths of the routes whose bodies are files."""
 TAR: dict[str, Any] = {"content": {Tar.media_type: {"schema": {"type": "string", "format": "binary"}}}}
+
+TAR_BODY: dict[str, Any] = {"requestBody": {"required": True, **TAR}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +172,7 @@ async def list_versions(
 async def get_version(line: NamedDep, version: AdapterChoice) -> VersionInfo:
     """One version, by number or alias."""
     store = line.store
-    return await asyncio.to_thread(lambda: _version_info(store.manifest(store.resolve(version))))
+    return await asyncio.to_thread(lambda: _version_info(store, store.manifest(store.resolve(version))))
 
 
 @router.get("/adapters/{name}/versions/{version}/export", response_class=Tar, responses={200: TAR})
@@ -208,7 +214,7 @@ async def read_audit(
 async def snapshot(line: NamedDep, body: SnapshotRequest, operator: OperatorDep) -> VersionInfo:
     """Keep the live weights as a version of its own, under the alias `label`."""
     change = asyncio.to_thread(line.store.snapshot, body.label, dict(body.metadata))
-    return _version_info(await operator.act(line, "adapter_snapshot", {"label": body.label}, change))
+    return _version_info(line.store, await operator.act(line, "adapter_snapshot", {"label": body.label}, change))
 
 
 @router.post("/adapters/{name}/promote")
@@ -248,7 +254,42 @@ async def reset(line: NamedDep, body: ResetRequest, operator: OperatorDep) -> Ve
     made = await operator.act(line, "adapter_reset", body.model_dump(), change())
     if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
         await operator.act(line, "buffer_purged", {}, buffer.purge())
-    return _version_info(made)
+    return _version_info(store, made)
+
+
+@router.post("/adapters/{name}/import", status_code=201, openapi_extra=TAR_BODY, responses=problems(413, 415, 422))
+async def import_adapter(
+    line: NamedDep, request: Request, operator: OperatorDep, promote: bool = False
+) -> VersionInfo:
+    """Publish an adapter from elsewhere as a version of its own: a tar of a PEFT directory, such as an export.
+
+    It is checked and must answer the probe, and is not live until it is promoted, or with `promote`.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != Tar.media_type:
+        raise ServiceError("unsupported_media_type", f"Send {Tar.media_type}: a tar of the adapter's directory.")
+    archive, store = await request.body(), line.store
+
+    async def change() -> Manifest:
+        draft = await line.engine.examine(await asyncio.to_thread(unpack, archive))
+        return await asyncio.to_thread(store.publish, draft)
+
+    made = await operator.act(line, "adapter_imported", {"bytes": len(archive)}, change())
+    if promote:
+        moving = asyncio.to_thread(store.promote, made.version)
+        await operator.act(line, "adapter_promoted", {"version": version_name(made.version)}, moving)
+    return _version_info(store, made)
+
+
+@router.post("/adapters/{name}/versions/{version}/pin")
+async def pin(line: NamedDep, version: AdapterChoice, operator: OperatorDep) -> VersionInfo:
+    """Keep the weights of a version, whatever retention would do with them."""
+    return await _set_pinned(line, version, operator, "adapter_pinned", line.store.pin)
+
+
+@router.post("/adapters/{name}/versions/{version}/unpin")
+async def unpin(line: NamedDep, version: AdapterChoice, operator: OperatorDep) -> VersionInfo:
+    """Leave the weights of a version to retention again."""
+    return await _set_pinned(line, version, operator, "adapter_unpinned", line.store.unpin)
 
 
 @router.post("/adaptation/pause")
@@ -290,6 +331,15 @@ async def erase(line: MeantDep, body: EraseRequest, operator: OperatorDep) -> Er
 async def _set_paused(line: Line, operator: Operator, event: str, paused: bool) -> AdaptationStatus:
     await operator.act(line, event, {}, asyncio.to_thread(line.store.set_paused, paused))
     return await adaptation_status(line)
+
+
+async def _set_pinned(
+    line: Line, version: str, operator: Operator, event: str, change: Callable[[int], Alias]
+) -> VersionInfo:
+    store = line.store
+    setting = asyncio.to_thread(lambda: change(store.resolve(version)))
+    set_to = await operator.act(line, event, {"version": version}, setting)
+    return await asyncio.to_thread(lambda: _version_info(store, store.manifest(set_to.version)))
 
 
 # --- store to wire -----------------------------------------------------------------------------------
@@ -338,10 +388,10 @@ def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page[V
         numbers = [number for number in numbers if number < seen]
     page = numbers[:limit]
     following = version_name(page[-1]) if len(numbers) > limit else None
-    return Page(data=[_version_info(store.manifest(number)) for number in page], next_cursor=following)
+    return Page(data=[_version_info(store, store.manifest(number)) for number in page], next_cursor=following)
 
 
-def _version_info(made: Manifest) -> VersionInfo:
+def _version_info(store: AdapterStore, made: Manifest) -> VersionInfo:
     return VersionInfo(
         version=version_name(made.version),
         parent=None if made.parent is None else version_name(made.parent),
@@ -358,4 +408,6 @@ def _version_info(made: Manifest) -> VersionInfo:
         metrics=made.metrics,
         gate=made.gate,
         metadata=made.metadata,
+        pinned=made.version in store.pinned(),
+        retired=made.version in store.retired(),
     )

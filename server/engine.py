@@ -7,6 +7,7 @@ assignment.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -17,12 +18,13 @@ from functools import partial
 import structlog
 
 from servetune.adapters.looks import Look, Looks
+from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.adapters.versions import Alias, StoreError, version_name
+from servetune.adapters.versions import Alias, Draft, StoreError, UnfitAdapter, version_name
 from servetune.server.answering import Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
-from servetune.server.stage import QueueFull, Stage
+from servetune.server.stage import QueueFull, Stage, is_same_probe
 
 AWAKE_S = 60.0  # how long after a question an adapter is looked at often
 SELDOM = 20  # times as long between two looks at one that nobody asks
@@ -280,6 +282,23 @@ class Engine:
         Raises TimeoutError where the model stands still; it forgets when it goes on.
         """
         await self.stage.forget(self.store.name, versions)
+
+    async def examine(self, parcel: Parcel) -> Draft:
+        """An adapter from elsewhere as a version to be, once it is known how it answers here.
+
+        Raises:
+            UnfitAdapter: it does not fit this model, or answers otherwise than where it was exported.
+            QueueFull: every slot is leased.
+        """
+        await asyncio.to_thread(self.store.check, parcel)
+        probe = await self.stage.examine(self.store, parcel.weights)
+        if not all(map(math.isfinite, probe)):
+            raise UnfitAdapter("what it makes of the probe is not finite: train it with smaller steps")
+        if parcel.manifest is not None and not is_same_probe(probe, parcel.manifest.probe):
+            raise UnfitAdapter(
+                "it does not answer its probe as where it was exported: is the model the same there?"
+            )
+        return parcel.draft(probe)
 
     async def _watch(self) -> None:
         while True:

@@ -171,6 +171,9 @@ ACTS = {
     "adaptation_paused": "pause",
     "adaptation_resumed": "resume",
     "queries_erased": "erase",
+    "adapter_imported": "import",
+    "adapter_pinned": "pin",
+    "adapter_unpinned": "unpin",
 }
 """Entries of the audit trail that are part of an adapter's history, and what they are called there."""
 

@@ -23,7 +23,14 @@ from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
-from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, version_name
+from servetune.adapters.versions import (
+    AliasMoved,
+    CorruptVersion,
+    Draft,
+    ErasedQuery,
+    StoreError,
+    version_name,
+)
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
@@ -246,6 +253,7 @@ class Worker:
         self._held = []
         self._first_step = self.learner.steps
         self._reset_when_due()
+        self._retain()
 
     def _judge(self, witnesses: Sequence[Lesson]) -> Verdict:
         """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly.
@@ -350,6 +358,18 @@ class Worker:
             self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", adapter=self._store.name, version=version_name(made.version))
         self._follow()
+
+    def _retain(self) -> None:
+        """Delete the weights of versions that nobody would miss; what fails is tried again after the next one."""
+        try:
+            numbers = self._store.retain(self._settings.retain_recent, self._settings.retain_best)
+        except (StoreError, OSError) as error:
+            log.warning("retention_failed", adapter=self._store.name, error=type(error).__name__)
+            return
+        if gone := list(map(version_name, numbers)):
+            self._note_act("versions_retired", {"versions": gone})
+            self._record("retire", {"by": "worker", "versions": gone})
+            log.info("retired", adapter=self._store.name, versions=gone)
 
     def _finish_promotion(self) -> None:
         """Promote what was published for the present `live` when a crash or a full disk came between."""

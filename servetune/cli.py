@@ -529,6 +529,29 @@ def export(
     return client.adapters.export(version, path, name)
 
 
+@command(adapters, "import")
+def import_adapter(
+    client: Client,
+    path: Annotated[Path, typer.Argument(help="A folder that PEFT or `export` made, or a tar of one.")],
+    promote: Annotated[bool, typer.Option("--promote", help="Also make it live.")] = False,
+    name: NameOption = "default",
+) -> VersionInfo:
+    """Publish an adapter from elsewhere as a version of its own."""
+    return client.adapters.import_adapter(path, name, promote=promote)
+
+
+@command(adapters)
+def pin(client: Client, version: VersionArgument, name: NameOption = "default") -> VersionInfo:
+    """Keep the weights of a version, whatever retention would do with them."""
+    return client.adapters.pin(version, name)
+
+
+@command(adapters)
+def unpin(client: Client, version: VersionArgument, name: NameOption = "default") -> VersionInfo:
+    """Leave the weights of a version to retention again."""
+    return client.adapters.unpin(version, name)
+
+
 # --- adaptation --------------------------------------------------------------------------------------
 
 

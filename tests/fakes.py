@@ -15,6 +15,7 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, Manifest, version_name
@@ -83,6 +84,10 @@ class FakeEngine:
 
     async def forget(self, versions: Collection[int]) -> None:
         self.forgotten.append(tuple(versions))
+
+    async def examine(self, parcel: Parcel) -> Draft:
+        self.store.check(parcel)
+        return parcel.draft((0.0,))
 
     def residency(self) -> tuple[list[int], dict[int, int]]:
         return sorted({0, self.serving}), {self.serving: 1}
@@ -254,7 +259,7 @@ def place(id: str) -> tuple[int, int]:
 
 ZERO: Any = (
     {"layer.lora_A.weight": torch.zeros(2, 2)},
-    {"r": 2, "target_modules": "all"},
+    {"r": 2, "lora_alpha": 4, "target_modules": "all", "peft_type": "LORA"},
     "sha256:base",
     (0.0,),
 )

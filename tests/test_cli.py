@@ -93,6 +93,9 @@ def reply(request):
         "versions": {"data": [VERSION]},
         "snapshot": VERSION,
         "reset": VERSION,
+        "pin": VERSION,
+        "import": VERSION,
+        "unpin": VERSION,
     }
     body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
     if path == "/v1/adapters" and request.method == "POST":
@@ -147,6 +150,8 @@ COMMANDS = [
     "adapters rollback",
     "adapters reset --to base --purge-buffer",
     "adapters export v0001 {home}/out",
+    "adapters pin v0001",
+    "adapters unpin v0001",
     "status",
     "status --name camera-7",
     "config",
@@ -168,6 +173,17 @@ def test_every_command_gives_one_json_document_or_something_to_read(server, home
     read = run(*line.format(home=home / "again").split())
     assert read.exit_code == 0, read.output
     assert read.stdout.strip()
+
+
+def test_an_adapter_is_imported_from_a_folder(server, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    result = run("adapters", "import", tmp_path, "--promote", "-o", "json")
+    assert result.exit_code == 0, result.output
+    [request] = server
+    assert str(request.url).endswith("/v1/adapters/default/import?promote=true")
+    with tarfile.open(fileobj=io.BytesIO(request.content), mode="r:") as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_an_answer_is_shown_with_its_confidence_and_without_its_tricks(server, image):
@@ -265,6 +281,7 @@ def test_a_refusal_is_one_line_with_code_and_request_id(server):
         ("status --base-url http://box:port", "base_url cannot be read"),
         ("adapters snapshot keep -m nothing", "KEY=VALUE"),
         ("adapters export v0001 {home}", "exists already"),
+        ("adapters import {home}/nothing", "lacks adapter_config.json"),
         ("answer", "Missing argument"),
         ("status -o xml", "xml"),
     ],

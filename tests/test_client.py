@@ -242,6 +242,8 @@ def test_the_environment_names_server_and_keys(monkeypatch, ask):
             {"to": "base", "purge_buffer": True},
             VERSION,
         ),
+        (lambda c: c.adapters.pin(7), "POST", "/v1/adapters/default/versions/v0007/pin", {}, VERSION),
+        (lambda c: c.adapters.unpin("a"), "POST", "/v1/adapters/default/versions/a/unpin", {}, VERSION),
         (lambda c: c.adaptation.pause(), "POST", "/v1/adaptation/pause", {}, STATUS),
         (lambda c: c.adaptation.erase(["q_1"]), "POST", "/v1/adaptation/erase", {"query_ids": ["q_1"]}, ERASED),
         (lambda c: c.adaptation.resume(), "POST", "/v1/adaptation/resume", {}, STATUS),

@@ -18,6 +18,10 @@ function words({ kind, data }) {
     case "reset": return [`reset: ${data.version}`, by];
     case "pause": return ["learning paused", by];
     case "resume": return ["learning resumed", by];
+    case "import": return [`${data.version} imported`, `${by}; not live until it is promoted`];
+    case "pin": return [`${data.version} pinned`, `its weights stay; ${by}`];
+    case "unpin": return [`${data.version} unpinned`, by];
+    case "retire": return ["weights deleted", `of ${data.versions.join(", ")}; the manifests stay`];
     case "erase": return ["queries erased", `${data.dropped?.length ?? 0} versions dropped`];
     case "verdict": return ["candidate refused", data.reasons.join("; ")];
     default: return [kind, ""];
@@ -81,7 +85,7 @@ export class Timeline {
       : el("p", { className: "notice" }, "The manifest is shown with the admin key.");
     return [
       facts({ Parent: made.parent, Queries: made.num_queries, Steps: made.step_range?.join(" to "), Origin: made.origin,
-        Label: made.label, Rank: made.rank, Temperature: made.temperature, Digest: made.digest }),
+        Label: made.label, Weights: made.retired ? "deleted" : made.pinned ? "pinned" : null, Rank: made.rank, Temperature: made.temperature, Digest: made.digest }),
       difference("Steps", made.metrics, before.metrics, version, other),
       difference("Gate", gate(made), gate(before), version, other),
       manifest,
