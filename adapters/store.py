@@ -20,7 +20,7 @@ import tarfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
+from servetune.adapters.conduct import Conduct
 from servetune.adapters.parcel import Parcel
 from servetune.adapters.retention import Hold, superfluous
 from servetune.adapters.types import BASE
@@ -47,6 +48,7 @@ from servetune.adapters.versions import (
     StoreBusy,
     UnknownVersion,
     read_aliases,
+    read_conduct,
     read_erased,
     read_manifest,
     version_name,
@@ -77,6 +79,7 @@ class AdapterStore:
         self._aliases = self.folder / "aliases.json"
         self._pause_mark = self.folder / "learning.paused"
         self._erased = self.folder / "erased.json"
+        self._conduct = self.folder / "conduct.json"
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -127,6 +130,23 @@ class AdapterStore:
             raise UnknownVersion(f"{self.name} has not been initialised")
         return Alias(content["aliases"]["live"], content["generation"])
 
+    def head(self) -> Alias:
+        """The version that learning goes on from: `candidate`, where the mode has one wait, else `live`.
+
+        The generation is that of `live`. Raises as `live` does.
+        """
+        live, candidate = self.live(), self._read_aliases()["aliases"].get("candidate")
+        if candidate is None or not self.conduct().nominates:
+            return live
+        return Alias(candidate, live.generation)
+
+    def conduct(self) -> Conduct:
+        """How the operator wants the adapter to behave. Raises CorruptVersion."""
+        try:
+            return read_conduct(self._conduct.read_bytes())
+        except FileNotFoundError:
+            return Conduct()
+
     def resolve(self, choice: str) -> int:
         """A version number for `live`, an alias, `base`, `latest` or `v0007`. Raises UnknownVersion."""
         if match := _VERSION.fullmatch(choice):
@@ -140,15 +160,19 @@ class AdapterStore:
         raise UnknownVersion(f"{self.name} has no version or alias {choice!r}")
 
     def learned_from(self, query_ids: set[str]) -> set[str]:
-        """Those of the given queries that a version names which was live: they must not train again."""
+        """Those of the given queries that an accepted version names: they must not train again."""
         found: set[str] = set()
-        for version in self.promoted() if query_ids else ():
+        for version in self.accepted() if query_ids else ():
             found |= query_ids.intersection(self.manifest(version).query_ids)
         return found
 
     def promoted(self) -> list[int]:
         """Versions that were live at some time, in the order of their first time."""
         return list(self._read_aliases().get("promoted", ()))
+
+    def accepted(self) -> list[int]:
+        """Versions that were live or the candidate at some time."""
+        return list(dict.fromkeys([*self.promoted(), *self._read_aliases().get("nominated", ())]))
 
     def erased(self) -> tuple[int, list[str]]:
         """How many queries were erased so far, and which; of very many, the latest. Raises CorruptVersion."""
@@ -242,6 +266,34 @@ class AdapterStore:
             self._verified(version, WEIGHTS)
             return self._move_live(version, expected_generation)
 
+    def nominate(self, version: int, expected_generation: int | None = None) -> Alias:
+        """Move `candidate`, until `live` moves. Raises as `promote` does."""
+        with self._lock():
+            self._verified(version, WEIGHTS)
+            self._expect(expected_generation)
+            content = self._read_aliases()
+            content["aliases"]["candidate"] = version
+            nominated = content.setdefault("nominated", [])
+            if version not in nominated:
+                nominated.append(version)
+            self._write_aliases(content)
+            return Alias(version, content["generation"])
+
+    def dismiss(self, version: int) -> None:
+        """End the alias `candidate` where it names this version."""
+        with self._lock():
+            content = self._read_aliases()
+            if content["aliases"].get("candidate") == version:
+                del content["aliases"]["candidate"]
+                self._write_aliases(content)
+
+    def change(self, **changes: Any) -> Conduct:
+        """Change how the adapter behaves; what is not named stays. Raises CorruptVersion."""
+        with self._lock():
+            made = replace(self.conduct(), **changes)
+            _replace(self._conduct, json.dumps(asdict(made)))
+            return made
+
     def rollback(self, to: int | None = None, expected_generation: int | None = None) -> Alias:
         """Move `live` back to an existing version, by default to `last-good`, which that version then is.
 
@@ -301,6 +353,7 @@ class AdapterStore:
             content["promoted"] = [number for number in content["promoted"] if number not in dropped]
             content["pinned"] = [number for number in content.get("pinned", ()) if number not in dropped]
             content["retired"] = [number for number in content.get("retired", ()) if number not in dropped]
+            content["nominated"] = [number for number in content.get("nominated", ()) if number not in dropped]
             content["newest"] = self._newest()
             content["dropped"] = [*content.get("dropped", ()), *dropped]
             count, known = self.erased()
@@ -332,7 +385,8 @@ class AdapterStore:
             content = self._read_aliases()
             retired, aliases = content.get("retired", []), content["aliases"]
             whole = list(filter(None, map(self._readable, (n for n in self.versions() if n not in retired))))
-            came_from = {made.parent for made in whole if made.version == aliases["live"]}
+            heads = {aliases["live"], aliases.get("candidate")}
+            came_from = {made.parent for made in whole if made.version in heads}
             safe = {BASE, *aliases.values(), *content.get("pinned", ()), *came_from}
             holds = {number: self._alone(number) for number in superfluous(whole, safe, recent, best)}
             gone = [number for number, hold in holds.items() if hold]
@@ -539,6 +593,7 @@ class AdapterStore:
         if last_good is not None or before != version:
             content["aliases"]["last-good"] = before if last_good is None else last_good
         content["aliases"]["live"] = version
+        content["aliases"].pop("candidate", None)  # it was one for what is live no longer
         content["generation"] += 1
         if version not in content.setdefault("promoted", [BASE]):
             content["promoted"].append(version)

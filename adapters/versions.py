@@ -10,6 +10,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
+from servetune.adapters.conduct import Conduct
+
 Origin = Literal["base", "worker", "snapshot", "reset", "import"]
 
 
@@ -143,6 +145,7 @@ class Aliases(TypedDict):
     dropped: NotRequired[list[int]]
     pinned: NotRequired[list[int]]
     retired: NotRequired[list[int]]
+    nominated: NotRequired[list[int]]
 
 
 class ErasedIds(TypedDict):
@@ -153,6 +156,7 @@ class ErasedIds(TypedDict):
 
 
 T = TypeVar("T")
+_CONDUCT = TypeAdapter(Conduct)
 _MANIFEST, _ALIASES, _ERASED = TypeAdapter(Manifest), TypeAdapter(Aliases), TypeAdapter(ErasedIds)
 
 
@@ -181,6 +185,11 @@ def read_aliases(data: bytes) -> Aliases:
 def read_erased(data: bytes) -> ErasedIds:
     """Which queries were erased. Raises CorruptVersion."""
     return _read(_ERASED, data, "the file of the erased queries")
+
+
+def read_conduct(data: bytes) -> Conduct:
+    """What an operator chose for an adapter. Raises CorruptVersion."""
+    return _read(_CONDUCT, data, "the file of the adapter's settings")
 
 
 def _read(kind: TypeAdapter[T], data: bytes, name: str) -> T:

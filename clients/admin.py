@@ -15,7 +15,15 @@ from pydantic import BaseModel
 from servetune.clients.exports import check_free, pack, unpack
 from servetune.clients.replies import nothing, reads, reads_rows
 from servetune.clients.session import Call, Rows, Session, Steps, Work
-from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, Erased, VersionInfo
+from servetune.clients.types import (
+    AdaptationStatus,
+    AdapterInfo,
+    AdapterSettings,
+    AuditEntry,
+    Erased,
+    Mode,
+    VersionInfo,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -43,6 +51,25 @@ def create(session: Session, name: str, *, idempotency_key: str | None = None) -
 def get_adapter(session: Session, name: str = "default") -> Steps[AdapterInfo]:
     """An adapter: its aliases, what it wants to serve and what it serves. Raises APIError."""
     return session.send(Call("GET", _route(name), reads(AdapterInfo), admin=True))
+
+
+def settings(session: Session, name: str = "default") -> Steps[AdapterSettings]:
+    """How an adapter behaves: mode, canary share and labels. Raises APIError."""
+    return session.send(Call("GET", _route(name, "settings"), reads(AdapterSettings), admin=True))
+
+
+def configure(
+    session: Session,
+    name: str = "default",
+    *,
+    mode: Mode | None = None,
+    canary_share: float | None = None,
+    labels: Sequence[str] | None = None,
+) -> Steps[AdapterSettings]:
+    """Change how an adapter behaves; what is not given stays, and no labels at all are `[]`. Raises APIError."""
+    body = {"mode": mode, "canary_share": canary_share, "labels": None if labels is None else list(labels)}
+    route = _route(name, "settings")
+    return session.send(Call("PATCH", route, reads(AdapterSettings), body=lambda: body, admin=True))
 
 
 def versions(

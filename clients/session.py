@@ -76,7 +76,7 @@ class Call(Generic[T]):
     `tar` is sent as it is, instead of a body.
     """
 
-    method: Literal["GET", "POST"]
+    method: Literal["GET", "POST", "PATCH"]
     path: str
     parse: Callable[[httpx2.Response], T]
     body: Callable[[], Mapping[str, Any]] | None = None

@@ -17,6 +17,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
 
+from servetune.adapters.conduct import Conduct
 from servetune.adapters.parcel import unpack
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE
@@ -25,6 +26,7 @@ from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
     AdapterInfo,
+    AdapterSettings,
     AuditEntry,
     CreateRequest,
     Erased,
@@ -33,6 +35,7 @@ from servetune.clients.types import (
     PromoteRequest,
     ResetRequest,
     RollbackRequest,
+    SettingsRequest,
     SnapshotRequest,
     VersionInfo,
 )
@@ -158,6 +161,23 @@ async def create_adapter(body: CreateRequest, services: ServicesDep, operator: O
 async def get_adapter(line: NamedDep) -> AdapterInfo:
     """Its aliases, the version wanted live and the one this process serves."""
     return await _info(line)
+
+
+@router.get("/adapters/{name}/settings")
+async def get_settings(line: NamedDep) -> AdapterSettings:
+    """How it behaves: its mode, the share that a candidate answers, and the labels of recognition."""
+    return _settings(await asyncio.to_thread(line.store.conduct))
+
+
+@router.patch("/adapters/{name}/settings")
+async def change_settings(line: NamedDep, body: SettingsRequest, operator: OperatorDep) -> AdapterSettings:
+    """Change how it behaves. Every server follows within seconds, and the worker with its next step."""
+    changes = body.model_dump(exclude_none=True)
+    told = {**changes, **({"labels": len(changes["labels"])} if "labels" in changes else {})}
+    if "labels" in changes:
+        changes["labels"] = tuple(changes["labels"])
+    change = asyncio.to_thread(lambda: line.store.change(**changes))
+    return _settings(await operator.act(line, "adapter_settings", told, change))
 
 
 @router.get("/adapters/{name}/versions")
@@ -345,6 +365,10 @@ async def _set_pinned(
 # --- store to wire -----------------------------------------------------------------------------------
 
 
+def _settings(conduct: Conduct) -> AdapterSettings:
+    return AdapterSettings(mode=conduct.mode, canary_share=conduct.canary_share, labels=list(conduct.labels))
+
+
 async def _info(line: Line) -> AdapterInfo:
     return await asyncio.to_thread(_adapter_info, line.store, line.engine)
 
@@ -362,13 +386,16 @@ def _adapter_info(store: AdapterStore, engine: Engine | None) -> AdapterInfo:
         num_versions=len(versions),
         resident=[version_name(number) for number in resident],
         leases={version_name(number): count for number, count in leases.items()},
+        mode=store.conduct().mode,
     )
 
 
 async def adaptation_status(line: Line) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
     store, serving = line.store, line.engine.serving
-    live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
+    live, versions, paused, conduct = await asyncio.to_thread(
+        lambda: (store.live(), store.versions(), store.paused, store.conduct())
+    )
     low, high = sorted((serving, live.version))
     return AdaptationStatus(
         adapter=store.name,
@@ -378,6 +405,7 @@ async def adaptation_status(line: Line) -> AdaptationStatus:
         lag_versions=sum(low < number <= high for number in versions),
         buffer=await line.buffer.status(),
         worker=await line.buffer.read_worker(),
+        mode=conduct.mode,
     )
 
 

@@ -17,6 +17,7 @@ from functools import partial
 
 import structlog
 
+from servetune.adapters.conduct import Conduct
 from servetune.adapters.looks import Look, Looks
 from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
@@ -85,6 +86,7 @@ class Engine:
         self.dtype = str(family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or family.recognition_question
         self.serving = BASE
+        self.conduct = Conduct()
         self.stage = stage
         stage.introduce(store)
         self.on_swap: Callable[[Swap], None] = lambda swap: None
@@ -213,9 +215,10 @@ class Engine:
         return computed_s
 
     async def _version(self, choice: str) -> int:
+        if choice in ("live", "candidate"):
+            self._asked = time.monotonic()
         if choice != "live":
             return await asyncio.to_thread(self.store.resolve, choice)
-        self._asked = time.monotonic()
         if self._asked - self._looked > 2 * self._poll_s + 1:  # nobody has asked for a while
             await self.refresh()
         return self.serving
@@ -253,7 +256,7 @@ class Engine:
         """
         async with self._refreshing:  # an operator's act and the watch may come to it together
             self._looked = time.monotonic()
-            live = await asyncio.to_thread(self.store.live)
+            live, self.conduct = await asyncio.to_thread(lambda: (self.store.live(), self.store.conduct()))
             if live.version != self.serving and self._refused != (live.generation, live.version):
                 await self._swap(live)
             return self.serving

@@ -192,8 +192,8 @@ def mode(status: AdaptationStatus) -> str:
     """Whether it learns, in a word."""
     if not status.buffer.connected or status.worker.state == "degraded":
         return "degraded"
-    if status.paused:
-        return "paused"
+    if status.paused or status.mode == "off":
+        return "paused" if status.paused else "off"
     return "absent" if status.worker.state == "absent" else "learning"
 
 

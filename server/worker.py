@@ -96,7 +96,7 @@ class Worker:
         self._heard: set[str] = set()  # queries that had a say since the last version
         self._named: set[str] = set()  # those of them that an earlier version of this line names
         self._num_erased = self._store.erased()[0]
-        self._live = self._store.live()
+        self._head = self._store.head()  # what learning goes on from
         self._follow()
 
     def turn(self, block_s: float = POLL_S) -> bool:
@@ -105,10 +105,10 @@ class Worker:
         Waits so long for a query to come. Returns whether there is more to do at once.
         """
         self._forget_erased()
-        if self._store.paused:
+        if self._store.paused or not self._store.conduct().learns:
             self._report("paused")
             return False
-        if self._adrift or self._store.live() != self._live:
+        if self._adrift or self._store.head() != self._head:
             self._give_back()
         batch = self._gather(block_s)
         busy = bool(batch) or self.learner.unfinished
@@ -289,45 +289,54 @@ class Worker:
                 weights=weights,
                 optimizer=moments,
                 origin="worker",
-                parent=self._live.version,
+                parent=self._head.version,
                 probe=self._policy.probe(),
                 temperature=verdict.metrics.get(
-                    "temperature", self._store.manifest(self._live.version).temperature
+                    "temperature", self._store.manifest(self._head.version).temperature
                 ),
-                generation=self._live.generation,
+                generation=self._head.generation,
                 step_range=(self._first_step + 1, self.learner.steps),
                 query_ids=query_ids,
                 metrics=self._status.last_step,
                 gate=verdict.as_dict(),
             )
         )
-        self._promote(made.version, self._live.generation)
+        self._establish(made.version, self._head.generation)
         self._policy.load(self._live_slot, weights)
         self.learner.accept()
         self._named = self.learner.remembered()
         self._heard.clear()
 
-    def _promote(self, version: int, generation: int) -> None:
-        self._live = self._store.promote(version, expected_generation=generation)
-        self._note_act("adapter_promoted", {"version": version_name(version)})
-        self._record("publish", version_event(self._store.manifest(version)))
-        log.info("published", adapter=self._store.name, version=version_name(version))
+    def _establish(self, version: int, generation: int) -> None:
+        """Make an accepted version live, or the candidate where the mode has it wait for the operator."""
+        waits = self._store.conduct().nominates
+        move, act = (
+            (self._store.nominate, "adapter_nominated") if waits else (self._store.promote, "adapter_promoted")
+        )
+        self._head = move(version, expected_generation=generation)
+        self._note_act(act, {"version": version_name(version)})
+        alias = {"alias": "candidate"} if waits else {}
+        self._record("publish", version_event(self._store.manifest(version)) | alias)
+        log.info("published", adapter=self._store.name, version=version_name(version), **alias)
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
         """After a refusal: does what is live still pass? Images change, and what was learned may not fit them."""
-        if self._live.version == BASE:
+        if self._head.version == BASE:
             return
         self.learner.propose()  # the candidate is what is live
         verdict = self._gate.judge(witnesses, convict=True)
         self.learner.proceed()
         if verdict.accepted:
             return
+        if self._head.version != self._store.live().version:
+            self._dismiss(verdict)
+            return
         target = self._store.aliases()["last-good"]
-        if target == self._live.version or not self._still_passes(target, witnesses):
+        if target == self._head.version or not self._still_passes(target, witnesses):
             target = BASE
         with suppress(AliasMoved):  # the operator's act wins
             # The same line goes on, so what is remembered of it stays.
-            self._live = self._store.rollback(target, self._live.generation)
+            self._head = self._store.rollback(target, self._head.generation)
             self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
             self._note_act("adapter_rolled_back", details)
@@ -335,6 +344,16 @@ class Worker:
             log.warning(
                 "rolled_back", adapter=self._store.name, version=version_name(target), reasons=verdict.reasons
             )
+        self._follow()
+
+    def _dismiss(self, verdict: Verdict) -> None:
+        """Take back a candidate that no longer passes; nobody has promoted it."""
+        version = version_name(self._head.version)
+        self._store.dismiss(self._head.version)
+        self._note_act("candidate_dismissed", {"version": version, "reasons": list(verdict.reasons)})
+        self._record("dismiss", {"by": "worker", "version": version, "reasons": verdict.reasons})
+        log.warning("candidate_dismissed", adapter=self._store.name, version=version, reasons=verdict.reasons)
+        self._named.clear()
         self._follow()
 
     def _still_passes(self, version: int, witnesses: Sequence[Lesson]) -> bool:
@@ -353,7 +372,7 @@ class Worker:
         if due is None or self._store.num_learned() < due:
             return
         with suppress(AliasMoved):
-            made = self._store.reset(expected_generation=self._live.generation)
+            made = self._store.reset(expected_generation=self._head.generation)
             self._note_act("adapter_reset", {"version": version_name(made.version)})
             self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", adapter=self._store.name, version=version_name(made.version))
@@ -372,27 +391,27 @@ class Worker:
             log.info("retired", adapter=self._store.name, versions=gone)
 
     def _finish_promotion(self) -> None:
-        """Promote what was published for the present `live` when a crash or a full disk came between."""
-        live, promoted = self._store.live(), set(self._store.promoted())
+        """Establish what was published for the present head when a crash or a full disk came between."""
+        head, accepted = self._store.head(), set(self._store.accepted())
         for version in reversed(self._store.versions()):
-            if version in promoted:
+            if version in accepted:
                 continue
             made = self._store.manifest(version)
-            if made.origin == "worker" and (made.parent, made.generation) == (live.version, live.generation):
-                self._promote(version, live.generation)
+            if made.origin == "worker" and (made.parent, made.generation) == (head.version, head.generation):
+                self._establish(version, head.generation)
                 return
 
     def _follow(self) -> None:
         """Continue from what is live now, with its optimizer where it was kept."""
         self._finish_promotion()
-        live = self._store.live()
-        if live != self._live:
+        head = self._store.head()
+        if head != self._head:
             self.learner.forget()  # what another line was taught is no part of this one
-        self._live = live
-        weights = self._store.weights(live.version)
+        self._head = head
+        weights = self._store.weights(head.version)
         self._policy.load(self._live_slot, weights)
-        gate = self._store.manifest(live.version).gate or {"metrics": {}}
-        self.learner.load(weights, self._store.optimizer(live.version), gate["metrics"].get("share"))
+        gate = self._store.manifest(head.version).gate or {"metrics": {}}
+        self.learner.load(weights, self._store.optimizer(head.version), gate["metrics"].get("share"))
         self._heard.clear()
         self._first_step = self.learner.steps
 
@@ -439,6 +458,6 @@ class Worker:
         self._record("step", {"step": self.learner.steps, "seconds": round(seconds, 4), **numbers})
 
     def _report(self, state: str) -> None:
-        update = {"state": state, "error": None, "version": version_name(self._live.version)}
+        update = {"state": state, "error": None, "version": version_name(self._head.version)}
         self._status = self._status.model_copy(update=update)
         self._stream.report(self._status)

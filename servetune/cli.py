@@ -21,6 +21,7 @@ from servetune import render, watching
 from servetune.clients import (
     AdaptationStatus,
     AdapterInfo,
+    AdapterSettings,
     Answer,
     AuditEntry,
     Client,
@@ -28,6 +29,7 @@ from servetune.clients import (
     VersionInfo,
 )
 from servetune.clients.client import DEFAULT_BASE_URL
+from servetune.clients.types import Mode
 from servetune.connect import (
     REFUSED,
     USAGE,
@@ -418,7 +420,10 @@ def answer(
 def recognize(
     client: Client,
     image: ImageArgument,
-    labels: Annotated[list[str], typer.Option("--label", "-l", help="Give it at least twice.")],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", help="Give it at least twice; by default the adapter's labels."),
+    ] = None,
     question: Annotated[str | None, typer.Option(help="Instead of the default one.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     adapter: ChoiceOption = None,
@@ -429,7 +434,7 @@ def recognize(
     """Choose one of the labels for an image."""
     return client.recognize(
         _image(image),
-        labels,
+        labels or None,
         question=question,
         top_k=top_k,
         adapter=adapter,
@@ -475,6 +480,24 @@ def show(client: Client, name: Annotated[str, typer.Argument()] = "default") -> 
 def versions(client: Client, name: Annotated[str, typer.Argument()] = "default") -> list[VersionInfo]:
     """All versions."""
     return list(client.adapters.versions(name))
+
+
+@command(adapters)
+def settings(
+    client: Client,
+    mode: Annotated[Mode | None, typer.Option(help="off, observe, canary or live.")] = None,
+    canary_share: Annotated[float | None, typer.Option(help="Of requests that the candidate answers.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="To choose from where a request names none.")
+    ] = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Every request names its own.")] = False,
+    name: NameOption = "default",
+) -> AdapterSettings:
+    """How an adapter behaves: show it, or change what is given."""
+    if mode is None and canary_share is None and not labels and not no_labels:
+        return client.adapters.settings(name)
+    chosen = [] if no_labels else labels or None
+    return client.adapters.configure(name, mode=mode, canary_share=canary_share, labels=chosen)
 
 
 @command(adapters)

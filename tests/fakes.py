@@ -46,6 +46,7 @@ class FakeEngine:
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
         self.serving = store.live().version
+        self.conduct = store.conduct()
         self.is_ready = True
         self.text: str | None = "a thing"
         self.error: BaseException | None = None
@@ -78,6 +79,7 @@ class FakeEngine:
 
     async def refresh(self) -> int:
         before, self.serving = self.serving, self.store.live().version
+        self.conduct = self.store.conduct()
         if before != self.serving:
             self.on_swap(Swap(self.serving, before, 0.02))
         return self.serving

@@ -94,6 +94,7 @@ def reply(request):
         "snapshot": VERSION,
         "reset": VERSION,
         "pin": VERSION,
+        "settings": {"mode": "live", "canary_share": 0.1, "labels": []},
         "import": VERSION,
         "unpin": VERSION,
     }
@@ -151,6 +152,8 @@ COMMANDS = [
     "adapters reset --to base --purge-buffer",
     "adapters export v0001 {home}/out",
     "adapters pin v0001",
+    "adapters settings",
+    "adapters settings --mode canary --canary-share 0.2 -l cat -l dog",
     "adapters unpin v0001",
     "status",
     "status --name camera-7",

@@ -7,7 +7,7 @@ import { LearningCharts, ServingCharts } from "./charts.js";
 import { $, duration, durations, el, number, percent, say } from "./dom.js";
 import { Timeline } from "./timeline.js";
 
-const MODES = { learning: "learning", paused: "paused", absent: "no worker", degraded: "degraded" };
+const MODES = { learning: "learning", paused: "paused", off: "off", absent: "no worker", degraded: "degraded" };
 const CONNECTION = { live: "live", lost: "reconnecting…", locked: "a key is needed", missing: "no such adapter" };
 const ROWS = 20;
 
