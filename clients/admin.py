@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ from urllib.parse import quote
 from pydantic import BaseModel
 
 from servetune.clients.exports import check_free, pack, unpack
+from servetune.clients.images import encode
 from servetune.clients.replies import nothing, reads, reads_rows
 from servetune.clients.session import Call, Rows, Session, Steps, Work
 from servetune.clients.types import (
@@ -22,6 +24,7 @@ from servetune.clients.types import (
     AuditEntry,
     Erased,
     Mode,
+    ProbeSetInfo,
     VersionInfo,
 )
 
@@ -70,6 +73,54 @@ def configure(
     body = {"mode": mode, "canary_share": canary_share, "labels": None if labels is None else list(labels)}
     route = _route(name, "settings")
     return session.send(Call("PATCH", route, reads(AdapterSettings), body=lambda: body, admin=True))
+
+
+def probe_sets(session: Session, name: str = "default") -> Steps[list[ProbeSetInfo]]:
+    """The labelled probe sets of an adapter, newest first. Raises APIError."""
+    page = yield from session.send(_listing(_route(name, "probes"), ProbeSetInfo, None))
+    return page.items
+
+
+def upload_probes(
+    session: Session,
+    probes: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    name: str = "default",
+    *,
+    resize: bool = True,
+    idempotency_key: str | None = None,
+) -> Steps[ProbeSetInfo]:
+    """Give the gate labelled questions to judge by; they are never learned from.
+
+    probes: up to 500 dicts with `image`, `answer`, and `question` or `candidate_labels`, or a JSONL file of them,
+    where images are paths from the file's folder. Raises ImageError, ValueError where the file cannot be read as
+    that, and APIError.
+    """
+
+    def body() -> Mapping[str, Any]:
+        return {
+            "probes": [{**probe, "image": encode(probe["image"], resize=resize)} for probe in read_probes(probes)]
+        }
+
+    return session.send(
+        Call(
+            "POST",
+            _route(name, "probes"),
+            reads(ProbeSetInfo),
+            body=body,
+            admin=True,
+            idempotency_key=idempotency_key,
+        )
+    )
+
+
+def remove_probes(
+    session: Session, version: str, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[list[ProbeSetInfo]]:
+    """Erase a probe set ("p0001"); gives those that are left. Raises NotFoundError, APIError."""
+    route = _route(name, "probes", version, "remove")
+    call = Call("POST", route, reads_rows(ProbeSetInfo), body=dict, admin=True, idempotency_key=idempotency_key)
+    page = yield from session.send(call)
+    return page.items
 
 
 def versions(
@@ -228,6 +279,23 @@ def erase(
 def audit(session: Session, cursor: str | None, *, page_size: int | None = None) -> Steps[Rows[AuditEntry]]:
     """Iterate over all administrative acts, fetching pages as they are needed. Raises APIError."""
     return session.send(_listing("/v1/audit", AuditEntry, cursor, page_size))
+
+
+def read_probes(probes: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The probes of a JSONL file, with the paths of their images, or those that are given. Raises ValueError."""
+    if not isinstance(probes, str | os.PathLike):
+        return list(probes)
+    file = Path(probes)
+    found: list[Mapping[str, Any]] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            probe = json.loads(line)
+            found.append({**probe, "image": file.parent / probe["image"]})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}, line {number}: give a JSON object with an image and an answer") from None
+    return found
 
 
 # --- parts -------------------------------------------------------------------------------------------

@@ -311,6 +311,36 @@ class SettingsRequest(Request):
         return labels
 
 
+class ProbeItem(Request):
+    """A question about an image, whose answer the operator knows; with labels it is one of them."""
+
+    image: ImageInput
+    answer: Label
+    question: Question | None = None
+    candidate_labels: Annotated[list[Label], Field(min_length=2, max_length=1000)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProbeItem:
+        if self.candidate_labels is None and self.question is None:
+            raise ValueError("give a 'question', or 'candidate_labels' to choose from")
+        if self.candidate_labels is not None and self.answer not in self.candidate_labels:
+            raise ValueError("'answer' must be one of 'candidate_labels'")
+        return self
+
+
+class ProbesRequest(Request):
+    probes: Annotated[list[ProbeItem], Field(min_length=1, max_length=500)]
+
+
+class ProbeSetInfo(Result):
+    """A labelled probe set. The gate judges by the one that is `active`."""
+
+    version: str
+    created: float
+    num_probes: int
+    active: bool
+
+
 class CreateRequest(Request):
     name: AdapterName
 
@@ -389,8 +419,8 @@ class Event(Result):
     """Something that happened to an adapter, with numbers and names and nothing that anybody sent.
 
     `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `import`, `pin`,
-    `unpin`, `retire`, `settings`, `dismiss`, `pause`, `resume` or `erase`; `status`, which has no id and is
-    not kept, says how things stand. `time` is in seconds since 1970.
+    `unpin`, `retire`, `settings`, `probes`, `dismiss`, `pause`, `resume` or `erase`; `status`, which has no id
+    and is not kept, says how things stand. `time` is in seconds since 1970.
     """
 
     id: str | None = None

@@ -12,7 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi import Query as QueryField
 from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
@@ -20,7 +21,7 @@ from pydantic.json_schema import SkipJsonSchema
 from servetune.adapters.conduct import Conduct
 from servetune.adapters.parcel import unpack
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.types import BASE
+from servetune.adapters.types import BASE, Probe, Query
 from servetune.adapters.versions import Alias, Manifest, StoreError, version_name
 from servetune.clients.types import (
     AdaptationStatus,
@@ -32,6 +33,7 @@ from servetune.clients.types import (
     Erased,
     EraseRequest,
     Page,
+    ProbeSetInfo,
     PromoteRequest,
     ResetRequest,
     RollbackRequest,
@@ -40,11 +42,13 @@ from servetune.clients.types import (
     VersionInfo,
 )
 from servetune.server.access import Principal, Require
-from servetune.server.description import problems
+from servetune.server.bodies import parse_probes
+from servetune.server.description import PROBES_BODY, problems
 from servetune.server.engine import Engine
 from servetune.server.errors import ServiceError, as_service_error
 from servetune.server.history import act_event
 from servetune.server.lines import Line
+from servetune.server.probes import ProbeSet, ProbeSets, UnknownProbes, probes_name
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
@@ -65,7 +69,7 @@ class Tar(StreamingResponse):
     media_type = "application/x-tar"
 
 
-TAKES_FILE = re.compile(r"/v1/adapters/[^/]+/import")
+TAKES_FILE = re.compile(r"/v1/adapters/[^/]+/(import|probes)")
 """Paths of the routes whose bodies are files."""
 TAR: dict[str, Any] = {"content": {Tar.media_type: {"schema": {"type": "string", "format": "binary"}}}}
 
@@ -104,7 +108,8 @@ class Operator:
 
 
 Absent = SkipJsonSchema[None]  # what may be left out of an address or a head; it cannot be sent as null
-Limit = Annotated[int, Query(ge=1, le=200)]
+Limit = Annotated[int, QueryField(ge=1, le=200)]
+ProbesName = Annotated[str, StringConstraints(pattern=r"^p[0-9]{4,9}$")]
 Generation = Annotated[str, StringConstraints(pattern=r'^"?[0-9]{1,18}"?$')]
 
 
@@ -116,7 +121,7 @@ async def _named(name: str, services: ServicesDep) -> Line:
 async def _meant(
     services: ServicesDep,
     adapter: Annotated[
-        AdapterChoice | Absent, Query(description="by default the one that the server names")
+        AdapterChoice | Absent, QueryField(description="by default the one that the server names")
     ] = None,
 ) -> Line:
     """The adapter that a request is about. Raises ServiceError `adapter_not_found`."""
@@ -178,6 +183,54 @@ async def change_settings(line: NamedDep, body: SettingsRequest, operator: Opera
         changes["labels"] = tuple(changes["labels"])
     change = asyncio.to_thread(lambda: line.store.change(**changes))
     return _settings(await operator.act(line, "adapter_settings", told, change))
+
+
+@router.get("/adapters/{name}/probes")
+async def list_probes(line: NamedDep, services: ServicesDep) -> Page[ProbeSetInfo]:
+    """Its labelled probe sets, newest first; the newest is what the gate judges by."""
+    sets = ProbeSets(line.store.folder, services.settings)
+    found = await asyncio.to_thread(sets.all)
+    return Page(data=[_probe_set(each, found[0].version) for each in found])
+
+
+@router.post(
+    "/adapters/{name}/probes", status_code=201, openapi_extra=PROBES_BODY, responses=problems(413, 415, 422)
+)
+async def upload_probes(
+    line: NamedDep, request: Request, services: ServicesDep, operator: OperatorDep
+) -> ProbeSetInfo:
+    """Labelled questions for the gate alone, sealed as stored queries are; they are never learned from."""
+    asked = await asyncio.to_thread(parse_probes, request.headers, await request.body())
+    probes = []
+    for number, item in enumerate(asked.probes):
+        try:
+            images = await services.answers.read([item.image])
+        except ServiceError as error:
+            error.param = f"probes.{number}"
+            raise
+        question = item.question or line.engine.recognition_question
+        probes.append(Probe(Query("probe", images, question, tuple(item.candidate_labels or ())), item.answer))
+    sets = ProbeSets(line.store.folder, services.settings)
+    change = asyncio.to_thread(sets.upload, probes)
+    made = await operator.act(line, "probes_uploaded", {"num_probes": len(probes)}, change)
+    return _probe_set(made, made.version)
+
+
+@router.post("/adapters/{name}/probes/{version}/remove")
+async def remove_probes(
+    line: NamedDep, version: ProbesName, services: ServicesDep, operator: OperatorDep
+) -> Page[ProbeSetInfo]:
+    """Erase a probe set; the newest that is left counts."""
+    sets = ProbeSets(line.store.folder, services.settings)
+
+    async def change() -> None:
+        try:
+            await asyncio.to_thread(sets.remove, int(version[1:]))
+        except UnknownProbes:
+            raise ServiceError("probes_not_found") from None
+
+    await operator.act(line, "probes_removed", {"probes": version}, change())
+    return await list_probes(line, services)
 
 
 @router.get("/adapters/{name}/versions")
@@ -363,6 +416,15 @@ async def _set_pinned(
 
 
 # --- store to wire -----------------------------------------------------------------------------------
+
+
+def _probe_set(made: ProbeSet, active: int) -> ProbeSetInfo:
+    return ProbeSetInfo(
+        version=probes_name(made.version),
+        created=made.created,
+        num_probes=made.num_probes,
+        active=made.version == active,
+    )
 
 
 def _settings(conduct: Conduct) -> AdapterSettings:

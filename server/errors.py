@@ -43,6 +43,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "origin_refused": (403, "Requests from other web sites are refused"),
     "not_found": (404, "There is nothing at this address"),
     "adapter_not_found": (404, "No such adapter, alias or version"),
+    "probes_not_found": (404, "No such probe set"),
     "model_not_found": (404, "No such model"),
     "method_not_allowed": (405, "The method is not allowed here"),
     "body_timeout": (408, "The body did not arrive in time"),

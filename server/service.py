@@ -126,6 +126,10 @@ class AnswerService:
         """Be ready for the first request."""
         self._images.start()
 
+    async def read(self, images: Sequence[bytes | ImageInput]) -> tuple[Any, ...]:
+        """Images that come with no question, decoded as those of questions are. Raises ServiceError."""
+        return await self._images.read(images)
+
     async def drain(self) -> None:
         """Let running buffer writes end, for a few seconds, and take no more images."""
         await self._keeper.drain()

@@ -34,7 +34,9 @@ from servetune.adapters.versions import (
 from servetune.clients.types import WorkerStatus
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
+from servetune.server.cipher import Unreadable
 from servetune.server.history import Record, silent, version_event
+from servetune.server.probes import ProbeSets, UnknownProbes
 from servetune.server.settings import Settings
 
 SLOTS = ("candidate", "live")
@@ -96,6 +98,7 @@ class Worker:
         self._heard: set[str] = set()  # queries that had a say since the last version
         self._named: set[str] = set()  # those of them that an earlier version of this line names
         self._num_erased = self._store.erased()[0]
+        self._probe_sets, self._probe_set = ProbeSets(store.folder, settings), 0
         self._head = self._store.head()  # what learning goes on from
         self._follow()
 
@@ -105,6 +108,7 @@ class Worker:
         Waits so long for a query to come. Returns whether there is more to do at once.
         """
         self._forget_erased()
+        self._look_for_probes()
         if self._store.paused or not self._store.conduct().learns:
             self._report("paused")
             return False
@@ -414,6 +418,18 @@ class Worker:
         self.learner.load(weights, self._store.optimizer(head.version), gate["metrics"].get("share"))
         self._heard.clear()
         self._first_step = self.learner.steps
+
+    def _look_for_probes(self) -> None:
+        """Let the gate judge by the probe set that counts now; one that does not read is as none."""
+        if (newest := self._probe_sets.newest()) == self._probe_set:
+            return
+        self._probe_set = newest
+        try:
+            probes = self._probe_sets.read(newest) if newest else []
+        except (Unreadable, UnknownProbes) as error:
+            log.warning("probes_unreadable", adapter=self._store.name, error=type(error).__name__)
+            probes = []
+        self._gate.set_probes(probes, newest)
 
     def _forget_erased(self) -> None:
         """Drop the candidate, the memory and the caches of queries that were erased since the last turn."""

@@ -26,6 +26,7 @@ from servetune.clients import (
     AuditEntry,
     Client,
     Erased,
+    ProbeSetInfo,
     VersionInfo,
 )
 from servetune.clients.client import DEFAULT_BASE_URL
@@ -53,6 +54,8 @@ SETTINGS: dict[str, Any] = {
 app = typer.Typer(help=servetune.__doc__, **SETTINGS)
 adapters = typer.Typer(help="Versions of an adapter: look at them, keep, move and export them.", **SETTINGS)
 app.add_typer(adapters, name="adapters")
+probes = typer.Typer(help="Labelled questions that the gate judges by, and nothing learns from.", **SETTINGS)
+adapters.add_typer(probes, name="probes")
 
 
 class Adapt(StrEnum):
@@ -573,6 +576,32 @@ def pin(client: Client, version: VersionArgument, name: NameOption = "default") 
 def unpin(client: Client, version: VersionArgument, name: NameOption = "default") -> VersionInfo:
     """Leave the weights of a version to retention again."""
     return client.adapters.unpin(version, name)
+
+
+@command(probes, "upload")
+def upload_probes(
+    client: Client,
+    path: Annotated[Path, typer.Argument(help="JSONL: image, answer, and question or candidate_labels.")],
+    name: NameOption = "default",
+) -> ProbeSetInfo:
+    """Give the gate a new set of labelled questions."""
+    return client.adapters.upload_probes(path, name)
+
+
+@command(probes, "list")
+def list_probes(client: Client, name: NameOption = "default") -> list[ProbeSetInfo]:
+    """The sets that are there; the gate judges by the newest."""
+    return client.adapters.probe_sets(name)
+
+
+@command(probes, "remove")
+def remove_probes(
+    client: Client,
+    version: Annotated[str, typer.Argument(help="A set: p0001.")],
+    name: NameOption = "default",
+) -> list[ProbeSetInfo]:
+    """Erase a set; the newest that is left counts."""
+    return client.adapters.remove_probes(version, name)
 
 
 # --- adaptation --------------------------------------------------------------------------------------

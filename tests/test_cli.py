@@ -67,6 +67,7 @@ STATUS = {
     "worker": {"state": "paused"},
 }
 ERASED = {"withdrawn": 1, "dropped": ["v0002"], "live": "v0001", "serving": "v0001"}
+PROBES = {"version": "p0001", "created": 1.0, "num_probes": 2, "active": True}
 AUDIT = [{"timestamp": 1.0, "event": f"event_{i}", "actor": "admin"} for i in range(3)]
 
 
@@ -94,6 +95,8 @@ def reply(request):
         "snapshot": VERSION,
         "reset": VERSION,
         "pin": VERSION,
+        "probes": {"data": [PROBES]},
+        "remove": {"data": [PROBES]},
         "settings": {"mode": "live", "canary_share": 0.1, "labels": []},
         "import": VERSION,
         "unpin": VERSION,
@@ -152,6 +155,8 @@ COMMANDS = [
     "adapters reset --to base --purge-buffer",
     "adapters export v0001 {home}/out",
     "adapters pin v0001",
+    "adapters probes list",
+    "adapters probes remove p0001",
     "adapters settings",
     "adapters settings --mode canary --canary-share 0.2 -l cat -l dog",
     "adapters unpin v0001",

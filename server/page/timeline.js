@@ -19,6 +19,7 @@ function words({ kind, data }) {
     case "pause": return ["learning paused", by];
     case "resume": return ["learning resumed", by];
     case "import": return [`${data.version} imported`, `${by}; not live until it is promoted`];
+    case "probes": return [data.num_probes ? `${data.num_probes} probes uploaded` : "probes removed", by];
     case "settings": return ["settings changed", [data.mode && `mode ${data.mode}`, by].filter(Boolean).join("; ")];
     case "dismiss": return [`${data.version} is no candidate`, data.reasons.join("; ")];
     case "pin": return [`${data.version} pinned`, `its weights stay; ${by}`];
