@@ -22,7 +22,7 @@ from servetune.adapters.answers import canonical
 from servetune.adapters.ballots import Lesson
 from servetune.adapters.calibration import confidence, expected_accuracy, fit_temperature
 from servetune.adapters.policy import Observation, Policy
-from servetune.adapters.types import Query, Verdict
+from servetune.adapters.types import Probe, Query, Verdict
 from servetune.adapters.views import SAME
 
 KL_SAMPLES = 8
@@ -44,6 +44,8 @@ class Limits:
     on queries that were never learned from, against base and against live; few witnesses are not heard.
     `min_settled`: the same against base, of a candidate that has learned what there is to learn.
     `max_unvouched`: what is left of the KL to the base after VOUCHED times as much as it comes nearer to them.
+    `min_probe`: share of the operator's probes by which it may answer fewer of them rightly than live and than the
+    base do, beside what chance does to so many.
     `max_surer`: mean confidence on them, at temperature CALMEST, that the votes do not account for.
     """
 
@@ -56,6 +58,7 @@ class Limits:
     min_settled: float = -0.01
     max_unvouched: float = 0.2
     max_surer: float = 0.02
+    min_probe: float = -0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +94,8 @@ class Gate:
     max_tokens: int = 32
     seed: int = 0
     _replay: deque[_Replayed] = field(init=False)
+    _probes: list[tuple[_Replayed, str]] = field(default_factory=list, init=False)
+    _probe_set: int = field(default=0, init=False)
     _shown: deque[str] = field(default_factory=lambda: deque(maxlen=256), init=False)
 
     def __post_init__(self) -> None:
@@ -106,6 +111,17 @@ class Gate:
         closed = [(query, seen) for query, seen in zip(queries, observations, strict=True) if query.labels]
         live = self._views(self.live, [query for query, _ in closed], [seen for _, seen in closed])
         self._shown.extend(view.answer for view in live)
+
+    @torch.no_grad()
+    def set_probes(self, probes: Sequence[Probe], version: int) -> None:
+        """Judge by these labelled queries as well, from now on; none at all end that."""
+        queries = [probe.query for probe in probes]
+        observations = [self.policy.keep(one) for one in self.policy.observe_each(queries)] if queries else []
+        base = self._views(None, queries, observations)
+        without_images = [replace(query, images=()) for query in queries]
+        replayed = map(_Replayed, without_images, observations, base)
+        self._probes = list(zip(replayed, (probe.answer for probe in probes), strict=True))
+        self._probe_set = version
 
     def forget(self, ids: Collection[str]) -> None:
         """Drop some queries from the replay."""
@@ -125,7 +141,7 @@ class Gate:
         """
         if not all(torch.isfinite(p).all() for p in self.policy.parameters(self.candidate).values()):
             return Verdict(False, ("weights are not finite",), {})
-        metrics, limits = self._measure() | self._hear(witnesses), self.limits
+        metrics, limits = self._measure() | self._hear(witnesses) | self._try_probes(), self.limits
         vouched = max(0.0, metrics.get("witness_base", 0.0))  # what the votes account for is no drift
         doubt = metrics.get("witness_error", 0.0) if convict else 0.0
         if "witness_base" in metrics:
@@ -143,6 +159,10 @@ class Gate:
             bounds.append(("witness_base", lowest, math.inf))
             bounds.append(("unvouched", -math.inf, limits.max_unvouched + VOUCHED * doubt))
             bounds.append(("surer", -math.inf, limits.max_surer))
+        for name in ("probe_live", "probe_base"):
+            if name in metrics:
+                chance = (2 if convict else 1) * metrics[f"{name}_error"]
+                bounds.append((name, limits.min_probe - chance, math.inf))
         # `not low <= value <= high` also catches NaN.
         reasons = {
             name: f"{name} {metrics[name]:.3f} is "
@@ -199,6 +219,25 @@ class Gate:
             "temperature": fit_temperature(ours, sure),
             "surer": confidence(ours, CALMEST) - sure - max(0.0, gain),
         }
+
+    def _try_probes(self) -> dict[str, float]:
+        """Share of the probes that the candidate answers rightly, and how much more that is than of others."""
+        if not self._probes:
+            return {}
+        queries, observations = (
+            [getattr(one, part) for one, _ in self._probes] for part in ("query", "observation")
+        )
+        ours, live = (
+            torch.tensor([_is_right(view, probe) for view, probe in zip(views, self._probes, strict=True)])
+            for views in (self._views(slot, queries, observations) for slot in (self.candidate, self.live))
+        )
+        base = torch.tensor([_is_right(one.base, (one, answer)) for one, answer in self._probes])
+        found = {"probes": float(len(self._probes)), "probe_set": float(self._probe_set)}
+        found["probe_accuracy"] = float(ours.mean())
+        for name, theirs in (("probe_live", live), ("probe_base", base)):
+            found[name] = float((ours - theirs).mean())
+            found[f"{name}_error"] = float((ours - theirs).std(unbiased=False)) / math.sqrt(len(ours))
+        return found
 
     def _answers(self, slot: str, witnesses: Sequence[Lesson], chosen: Sequence[list[int]]) -> list[Tensor]:
         """Log-probabilities that a slot gives to some answers of each witness."""
@@ -268,6 +307,12 @@ class Gate:
             ours, base = (self._views(slot, [blank], [observation])[0] for slot in (self.candidate, None))
             kept.append(_share(_mass(ours, unshown), _mass(base, unshown)))
         return fmean(kept)
+
+
+def _is_right(view: _View, probe: tuple[_Replayed, str]) -> float:
+    """1 where a view is the operator's answer: that label, or the same answer in canonical form."""
+    replayed, answer = probe
+    return float(view.answer == (answer if replayed.query.labels else canonical(answer)))
 
 
 def _targets(witnesses: Sequence[Lesson], chosen: Sequence[list[int]]) -> list[Tensor]:

@@ -4,7 +4,8 @@
 the SHA-256 of the others; its own is in `manifest.json.sha256`, as `sha256sum -c` reads it. A version is written
 to a staging folder, synced and renamed, so that it is there completely or not at all. Aliases are one small file,
 replaced atomically; `live` carries a generation that only grows, and whoever moves it can say which generation
-they looked at. A file lock orders the writers of all processes; readers need none.
+they looked at. A file lock orders the writers of all processes; readers need none. Retention deletes weights and
+never a manifest; a version is on record as retired before the first of its files goes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import tarfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,6 +28,9 @@ from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
+from servetune.adapters.conduct import Conduct
+from servetune.adapters.parcel import Parcel
+from servetune.adapters.retention import Hold, superfluous
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import (
     Alias,
@@ -41,9 +45,11 @@ from servetune.adapters.versions import (
     Manifest,
     NameTaken,
     Origin,
+    RetiredVersion,
     StoreBusy,
     UnknownVersion,
     read_aliases,
+    read_conduct,
     read_erased,
     read_manifest,
     version_name,
@@ -74,6 +80,7 @@ class AdapterStore:
         self._aliases = self.folder / "aliases.json"
         self._pause_mark = self.folder / "learning.paused"
         self._erased = self.folder / "erased.json"
+        self._conduct = self.folder / "conduct.json"
 
     # --- reading -------------------------------------------------------------------------------------
 
@@ -101,8 +108,9 @@ class AdapterStore:
         """The weights of a version, verified with its configuration.
 
         Raises:
-            UnknownVersion, CorruptVersion: nothing servable is there.
+            UnknownVersion, CorruptVersion: it is not there, or not what was written.
             ForeignVersion: it was made for a base that the adapter had before.
+            RetiredVersion: retention deleted them.
         """
         self._expect_fit(version)
         self._verified(version, CONFIG)
@@ -125,6 +133,23 @@ class AdapterStore:
             raise UnknownVersion(f"{self.name} has not been initialised")
         return Alias(content["aliases"]["live"], content["generation"])
 
+    def head(self) -> Alias:
+        """The version that learning goes on from: `candidate`, where the mode has one wait, else `live`.
+
+        The generation is that of `live`. Raises as `live` does.
+        """
+        live, candidate = self.live(), self._read_aliases()["aliases"].get("candidate")
+        if candidate is None or not self.conduct().nominates:
+            return live
+        return Alias(candidate, live.generation)
+
+    def conduct(self) -> Conduct:
+        """How the operator wants the adapter to behave. Raises CorruptVersion."""
+        try:
+            return read_conduct(self._conduct.read_bytes())
+        except FileNotFoundError:
+            return Conduct()
+
     def resolve(self, choice: str) -> int:
         """A version number for `live`, an alias, `base`, `latest` or `v0007`. Raises UnknownVersion."""
         if match := _VERSION.fullmatch(choice):
@@ -138,15 +163,19 @@ class AdapterStore:
         raise UnknownVersion(f"{self.name} has no version or alias {choice!r}")
 
     def learned_from(self, query_ids: set[str]) -> set[str]:
-        """Those of the given queries that a version names which was live: they must not train again."""
+        """Those of the given queries that an accepted version names: they must not train again."""
         found: set[str] = set()
-        for version in self.promoted() if query_ids else ():
+        for version in self.accepted() if query_ids else ():
             found |= query_ids.intersection(self.manifest(version).query_ids)
         return found
 
     def promoted(self) -> list[int]:
         """Versions that were live at some time, in the order of their first time."""
         return list(self._read_aliases().get("promoted", ()))
+
+    def accepted(self) -> list[int]:
+        """Versions that were live or the candidate at some time."""
+        return list(dict.fromkeys([*self.promoted(), *self._read_aliases().get("nominated", ())]))
 
     def erased(self) -> tuple[int, list[str]]:
         """How many queries were erased so far, and which; of very many, the latest. Raises CorruptVersion."""
@@ -156,10 +185,37 @@ class AdapterStore:
             return 0, []
         return content["count"], content["ids"]
 
+    def pinned(self) -> list[int]:
+        """Versions whose weights the operator keeps, ascending. Raises CorruptVersion."""
+        return sorted(self._read_aliases().get("pinned", ()))
+
+    def retired(self) -> list[int]:
+        """Versions whose weights retention deleted, ascending. Raises CorruptVersion."""
+        return sorted(self._read_aliases().get("retired", ()))
+
+    def hold(self, version: int) -> Hold:
+        """Keep retention from the weights of a version while they are in use.
+
+        Raises UnknownVersion, RetiredVersion, CorruptVersion.
+        """
+        self._refuse_retired(version)
+        try:
+            return Hold(self._path(version) / WEIGHTS)
+        except BlockingIOError:
+            raise _retired(version) from None
+        except FileNotFoundError:
+            self.manifest(version)
+            raise CorruptVersion(f"{version_name(version)}: {WEIGHTS} is missing") from None
+
     @property
     def paused(self) -> bool:
         """Is learning switched off by the operator?"""
         return self._pause_mark.exists()
+
+    def check(self, parcel: Parcel) -> None:
+        """Whether what came from elsewhere is an adapter for this model. Raises UnfitAdapter, CorruptVersion."""
+        config = json.loads(self._verified(BASE, CONFIG))
+        parcel.check(self.manifest(BASE), config, self.weights(BASE))
 
     def fits(self, config: Mapping[str, Any], base_digest: str) -> bool:
         """Whether its versions are of this base model and shape. Raises UnknownVersion, CorruptVersion."""
@@ -180,6 +236,7 @@ class AdapterStore:
             for leftover in self.folder.glob(".staging-*"):
                 shutil.rmtree(leftover)
             self._remove(self._read_aliases().get("dropped", ()))  # where a crash came between
+            self._strip(self._read_aliases().get("retired", ()))
             if BASE not in self.versions():
                 draft = Draft(weights=zero, origin="base", parent=None, probe=probe)
                 self._write(BASE, draft, config, base_digest)
@@ -243,6 +300,34 @@ class AdapterStore:
             self._verified(version, WEIGHTS)
             return self._move_live(version, expected_generation)
 
+    def nominate(self, version: int, expected_generation: int | None = None) -> Alias:
+        """Move `candidate`, until `live` moves. Raises as `promote` does."""
+        with self._lock():
+            self._verified(version, WEIGHTS)
+            self._expect(expected_generation)
+            content = self._read_aliases()
+            content["aliases"]["candidate"] = version
+            nominated = content.setdefault("nominated", [])
+            if version not in nominated:
+                nominated.append(version)
+            self._write_aliases(content)
+            return Alias(version, content["generation"])
+
+    def dismiss(self, version: int) -> None:
+        """End the alias `candidate` where it names this version."""
+        with self._lock():
+            content = self._read_aliases()
+            if content["aliases"].get("candidate") == version:
+                del content["aliases"]["candidate"]
+                self._write_aliases(content)
+
+    def change(self, **changes: Any) -> Conduct:
+        """Change how the adapter behaves; what is not named stays. Raises CorruptVersion."""
+        with self._lock():
+            made = replace(self.conduct(), **changes)
+            _replace(self._conduct, json.dumps(asdict(made)))
+            return made
+
     def rollback(self, to: int | None = None, expected_generation: int | None = None) -> Alias:
         """Move `live` back to an existing version, by default to `last-good`, which that version then is.
 
@@ -301,6 +386,9 @@ class AdapterStore:
                     aliases[alias] = self._servable(number, dropped)
             content["generation"] += aliases["live"] != before
             content["promoted"] = [number for number in content["promoted"] if number not in dropped]
+            content["pinned"] = [number for number in content.get("pinned", ()) if number not in dropped]
+            content["retired"] = [number for number in content.get("retired", ()) if number not in dropped]
+            content["nominated"] = [number for number in content.get("nominated", ()) if number not in dropped]
             content["newest"] = self._newest()
             content["dropped"] = [*content.get("dropped", ()), *dropped]
             count, known = self.erased()
@@ -309,6 +397,41 @@ class AdapterStore:
             self._write_aliases(content)
             self._remove(dropped)
             return Erasure(tuple(dropped), Alias(aliases["live"], content["generation"]))
+
+    def pin(self, version: int) -> Alias:
+        """Keep the weights of a version from retention until it is unpinned.
+
+        Raises:
+            UnknownVersion, CorruptVersion, RetiredVersion: there are no weights to keep.
+        """
+        return self._set_pinned(version, True)
+
+    def unpin(self, version: int) -> Alias:
+        """Leave the weights of a version to retention again. Raises UnknownVersion, CorruptVersion."""
+        return self._set_pinned(version, False)
+
+    def retain(self, recent: int, best: int) -> list[int]:
+        """Delete the weights of versions that are neither recent nor among the best; gives their numbers.
+
+        The base, what an alias names, what is pinned or held, and what `live` came from stay. A crash between
+        leaves a version that is refused, and whose files go at the next start.
+        """
+        with self._lock():
+            content = self._read_aliases()
+            retired, aliases = content.get("retired", []), content["aliases"]
+            whole = list(filter(None, map(self._readable, (n for n in self.versions() if n not in retired))))
+            heads = {aliases["live"], aliases.get("candidate")}
+            came_from = {made.parent for made in whole if made.version in heads}
+            safe = {BASE, *aliases.values(), *content.get("pinned", ()), *came_from}
+            holds = {number: self._alone(number) for number in superfluous(whole, safe, recent, best)}
+            gone = [number for number, hold in holds.items() if hold]
+            if gone:
+                content["retired"] = [*retired, *gone]
+                self._write_aliases(content)
+                self._strip(gone)
+            for hold in filter(None, holds.values()):
+                hold.close()
+            return gone
 
     def num_learned(self) -> int:
         """Queries that the live version has learned from: its own and those of all that it goes back to."""
@@ -354,6 +477,36 @@ class AdapterStore:
                 found[version] = made.parent
         return found
 
+    def _set_pinned(self, version: int, wanted: bool) -> Alias:
+        with self._lock():
+            self.manifest(version)
+            if wanted:
+                self._verified(version, WEIGHTS)
+            content = self._read_aliases()
+            others = [number for number in content.get("pinned", ()) if number != version]
+            content["pinned"] = [*others, version] if wanted else others
+            self._write_aliases(content)
+            return Alias(version, content["generation"])
+
+    def _alone(self, version: int) -> Hold | None:
+        """A hold that nobody else has; None where somebody has one, or there is nothing to hold."""
+        try:
+            return Hold(self._path(version) / WEIGHTS, alone=True)
+        except (BlockingIOError, FileNotFoundError):
+            return None
+
+    def _strip(self, versions: Iterable[int]) -> None:
+        """Delete weights and optimizer states; the optimizer's first, which is nothing by itself."""
+        for version in versions:
+            for name in (OPTIMIZER, WEIGHTS):
+                (self._path(version) / name).unlink(missing_ok=True)
+            if self._path(version).exists():
+                _sync(self._path(version))
+
+    def _refuse_retired(self, version: int) -> None:
+        if version in self._read_aliases().get("retired", ()):
+            raise _retired(version)
+
     def _servable(self, version: int, dropped: Mapping[int, int]) -> int:
         """The nearest version that a dropped one came from, that stays and is not damaged."""
         while version in dropped or (version != BASE and not self._is_whole(version)):
@@ -363,7 +516,7 @@ class AdapterStore:
     def _is_whole(self, version: int) -> bool:
         try:
             self.weights(version)
-        except (CorruptVersion, ForeignVersion):
+        except (CorruptVersion, ForeignVersion, RetiredVersion):
             return False
         return True
 
@@ -373,6 +526,13 @@ class AdapterStore:
                 f"{version_name(version)} was made for another base model or shape of adapter, which {self.name} "
                 "had before: it can be looked at and exported, but not served. Learn again on the present one"
             )
+
+    def _readable(self, version: int) -> Manifest | None:
+        """A version's manifest; None where it is damaged."""
+        try:
+            return self.manifest(version)
+        except CorruptVersion:
+            return None
 
     def _parent(self, version: int) -> int:
         return self.manifest(version).parent or BASE
@@ -394,6 +554,8 @@ class AdapterStore:
 
     def _verified(self, version: int, name: str) -> bytes:
         expected = self.manifest(version).files.get(name)
+        if name in (WEIGHTS, OPTIMIZER):
+            self._refuse_retired(version)
         try:
             content = (self._path(version) / name).read_bytes()
         except FileNotFoundError:
@@ -473,6 +635,7 @@ class AdapterStore:
         if last_good is not None or before != version:
             content["aliases"]["last-good"] = before if last_good is None else last_good
         content["aliases"]["live"] = version
+        content["aliases"].pop("candidate", None)  # it was one for what is live no longer
         content["generation"] += 1
         if version not in content.setdefault("promoted", [BASE]):
             content["promoted"].append(version)
@@ -526,6 +689,13 @@ def _replace(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.replace(staging, path)
     _sync(path.parent)
+
+
+def _retired(version: int) -> RetiredVersion:
+    return RetiredVersion(
+        f"retention deleted the weights of {version_name(version)}: choose a version that has them, or import an "
+        "export of it; pin what must stay"
+    )
 
 
 def _digest_line(manifest: bytes) -> bytes:

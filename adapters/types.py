@@ -27,6 +27,14 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """A query whose answer the operator knows. Nothing learns from it."""
+
+    query: Query
+    answer: str
+
+
+@dataclass(frozen=True, slots=True)
 class Sampling:
     """How to answer an open question. Temperature 0 is greedy; `top_k` asks for that many alternatives.
 

@@ -10,7 +10,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from torch import Tensor
 from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
-Origin = Literal["base", "worker", "snapshot", "reset"]
+from servetune.adapters.conduct import Conduct
+
+Origin = Literal["base", "worker", "snapshot", "reset", "import"]
 
 
 class StoreError(Exception):
@@ -29,6 +31,18 @@ class CorruptVersion(StoreError):
     """A file is missing, its SHA-256 is not the manifest's, or it does not read as what it should be."""
 
     code = "adapter_corrupt"
+
+
+class RetiredVersion(StoreError):
+    """Retention deleted the weights of a version; its manifest is there."""
+
+    code = "version_retired"
+
+
+class UnfitAdapter(StoreError):
+    """What came to be imported is damaged, no plain adapter, or none for this model."""
+
+    code = "adapter_unfit"
 
 
 class StoreBusy(StoreError):
@@ -138,6 +152,9 @@ class Aliases(TypedDict):
     promoted: NotRequired[list[int]]
     newest: NotRequired[int]
     dropped: NotRequired[list[int]]
+    pinned: NotRequired[list[int]]
+    retired: NotRequired[list[int]]
+    nominated: NotRequired[list[int]]
 
 
 class ErasedIds(TypedDict):
@@ -148,6 +165,7 @@ class ErasedIds(TypedDict):
 
 
 T = TypeVar("T")
+_CONDUCT = TypeAdapter(Conduct)
 _MANIFEST, _ALIASES, _ERASED = TypeAdapter(Manifest), TypeAdapter(Aliases), TypeAdapter(ErasedIds)
 
 
@@ -158,6 +176,11 @@ def read_manifest(data: bytes, version: int) -> Manifest:
     if made.version != version or made.parent not in parents:
         raise CorruptVersion(f"{version_name(version)}: the manifest is of another version")
     return made
+
+
+def read_foreign_manifest(data: bytes) -> Manifest:
+    """The manifest of a version that another store exported. Raises CorruptVersion."""
+    return _read(_MANIFEST, data, "the manifest")
 
 
 def read_aliases(data: bytes) -> Aliases:
@@ -171,6 +194,11 @@ def read_aliases(data: bytes) -> Aliases:
 def read_erased(data: bytes) -> ErasedIds:
     """Which queries were erased. Raises CorruptVersion."""
     return _read(_ERASED, data, "the file of the erased queries")
+
+
+def read_conduct(data: bytes) -> Conduct:
+    """What an operator chose for an adapter. Raises CorruptVersion."""
+    return _read(_CONDUCT, data, "the file of the adapter's settings")
 
 
 def _read(kind: TypeAdapter[T], data: bytes, name: str) -> T:

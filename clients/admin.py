@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -12,10 +13,20 @@ from urllib.parse import quote
 
 from pydantic import BaseModel
 
-from servetune.clients.exports import check_free, unpack
+from servetune.clients.exports import check_free, pack, unpack
+from servetune.clients.images import encode
 from servetune.clients.replies import nothing, reads, reads_rows
 from servetune.clients.session import Call, Rows, Session, Steps, Work
-from servetune.clients.types import AdaptationStatus, AdapterInfo, AuditEntry, Erased, VersionInfo
+from servetune.clients.types import (
+    AdaptationStatus,
+    AdapterInfo,
+    AdapterSettings,
+    AuditEntry,
+    Erased,
+    Mode,
+    ProbeSetInfo,
+    VersionInfo,
+)
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -43,6 +54,73 @@ def create(session: Session, name: str, *, idempotency_key: str | None = None) -
 def get_adapter(session: Session, name: str = "default") -> Steps[AdapterInfo]:
     """An adapter: its aliases, what it wants to serve and what it serves. Raises APIError."""
     return session.send(Call("GET", _route(name), reads(AdapterInfo), admin=True))
+
+
+def settings(session: Session, name: str = "default") -> Steps[AdapterSettings]:
+    """How an adapter behaves: mode, canary share and labels. Raises APIError."""
+    return session.send(Call("GET", _route(name, "settings"), reads(AdapterSettings), admin=True))
+
+
+def configure(
+    session: Session,
+    name: str = "default",
+    *,
+    mode: Mode | None = None,
+    canary_share: float | None = None,
+    labels: Sequence[str] | None = None,
+) -> Steps[AdapterSettings]:
+    """Change how an adapter behaves; what is not given stays, and no labels at all are `[]`. Raises APIError."""
+    body = {"mode": mode, "canary_share": canary_share, "labels": None if labels is None else list(labels)}
+    route = _route(name, "settings")
+    return session.send(Call("PATCH", route, reads(AdapterSettings), body=lambda: body, admin=True))
+
+
+def probe_sets(session: Session, name: str = "default") -> Steps[list[ProbeSetInfo]]:
+    """The labelled probe sets of an adapter, newest first. Raises APIError."""
+    page = yield from session.send(_listing(_route(name, "probes"), ProbeSetInfo, None))
+    return page.items
+
+
+def upload_probes(
+    session: Session,
+    probes: str | os.PathLike[str] | Sequence[Mapping[str, Any]],
+    name: str = "default",
+    *,
+    resize: bool = True,
+    idempotency_key: str | None = None,
+) -> Steps[ProbeSetInfo]:
+    """Give the gate labelled questions to judge by; they are never learned from.
+
+    probes: up to 500 dicts with `image`, `answer`, and `question` or `candidate_labels`, or a JSONL file of them,
+    where images are paths from the file's folder. Raises ImageError, ValueError where the file cannot be read as
+    that, and APIError.
+    """
+
+    def body() -> Mapping[str, Any]:
+        return {
+            "probes": [{**probe, "image": encode(probe["image"], resize=resize)} for probe in read_probes(probes)]
+        }
+
+    return session.send(
+        Call(
+            "POST",
+            _route(name, "probes"),
+            reads(ProbeSetInfo),
+            body=body,
+            admin=True,
+            idempotency_key=idempotency_key,
+        )
+    )
+
+
+def remove_probes(
+    session: Session, version: str, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[list[ProbeSetInfo]]:
+    """Erase a probe set ("p0001"); gives those that are left. Raises NotFoundError, APIError."""
+    route = _route(name, "probes", version, "remove")
+    call = Call("POST", route, reads_rows(ProbeSetInfo), body=dict, admin=True, idempotency_key=idempotency_key)
+    page = yield from session.send(call)
+    return page.items
 
 
 def versions(
@@ -91,6 +169,24 @@ def rollback(
     return session.send(_post(_route(name, "rollback"), AdapterInfo, body, idempotency_key))
 
 
+def pin(
+    session: Session, version: str | int, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[VersionInfo]:
+    """Keep the weights of a version from retention. Raises ConflictError where they are gone, APIError."""
+    return session.send(
+        _post(_route(name, "versions", version_name(version), "pin"), VersionInfo, {}, idempotency_key)
+    )
+
+
+def unpin(
+    session: Session, version: str | int, name: str = "default", *, idempotency_key: str | None = None
+) -> Steps[VersionInfo]:
+    """Leave the weights of a version to retention again. Raises AdapterNotFoundError, APIError."""
+    return session.send(
+        _post(_route(name, "versions", version_name(version), "unpin"), VersionInfo, {}, idempotency_key)
+    )
+
+
 def reset(
     session: Session,
     to: str | int = "base",
@@ -121,6 +217,32 @@ def export(
         yield from session.send(Call("GET", route, nothing, admin=True, sink=archive))
         yield Work(partial(unpack, archive, target))
     return target
+
+
+def import_adapter(
+    session: Session,
+    path: str | os.PathLike[str],
+    name: str = "default",
+    *,
+    promote: bool = False,
+    idempotency_key: str | None = None,
+) -> Steps[VersionInfo]:
+    """Publish an adapter from elsewhere as a version: a directory that PEFT or `export` made, or a tar of one.
+
+    promote: also make it live. Raises FileNotFoundError where there is no adapter, UnprocessableEntityError where
+    it does not fit the server's model, and APIError.
+    """
+    return session.send(
+        Call(
+            "POST",
+            _route(name, "import"),
+            reads(VersionInfo),
+            query={"promote": "true" if promote else None},
+            admin=True,
+            idempotency_key=idempotency_key,
+            tar=partial(pack, Path(path)),
+        )
+    )
 
 
 # --- adaptation --------------------------------------------------------------------------------------
@@ -157,6 +279,23 @@ def erase(
 def audit(session: Session, cursor: str | None, *, page_size: int | None = None) -> Steps[Rows[AuditEntry]]:
     """Iterate over all administrative acts, fetching pages as they are needed. Raises APIError."""
     return session.send(_listing("/v1/audit", AuditEntry, cursor, page_size))
+
+
+def read_probes(probes: str | os.PathLike[str] | Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The probes of a JSONL file, with the paths of their images, or those that are given. Raises ValueError."""
+    if not isinstance(probes, str | os.PathLike):
+        return list(probes)
+    file = Path(probes)
+    found: list[Mapping[str, Any]] = []
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            probe = json.loads(line)
+            found.append({**probe, "image": file.parent / probe["image"]})
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{file}, line {number}: give a JSON object with an image and an answer") from None
+    return found
 
 
 # --- parts -------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def stream(
 def recognize(
     session: Session,
     image: ImageSource | Sequence[ImageSource],
-    labels: Sequence[str],
+    labels: Sequence[str] | None = None,
     *,
     question: str | None = None,
     top_k: int | None = None,
@@ -116,13 +116,15 @@ def recognize(
 ) -> Steps[Answer]:
     """Choose one of 2 to 1000 unique labels; `candidates` has the likeliest `top_k` with probabilities.
 
+    labels: by default those of the adapter's settings.
     question: asked instead of the server's default one. The other arguments are those of `answer`.
     Raises ImageError before anything is sent, and APIError.
     """
     if isinstance(labels, str):
         raise TypeError("labels must be a list of str, not one str")
     fields = {
-        "candidate_labels": list(labels),
+        "candidate_labels": None if labels is None else list(labels),
+        "task": "recognition" if labels is None else None,
         "question": question,
         "top_k": top_k,
         "adapter": adapter,

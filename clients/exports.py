@@ -1,7 +1,8 @@
-"""Unpacking an exported adapter: a tar from the server becomes a PEFT directory, or nothing at all."""
+"""Adapters as tars: one from the server becomes a PEFT directory, or nothing; a directory becomes one to send."""
 
 from __future__ import annotations
 
+import io
 import re
 import shutil
 import tarfile
@@ -12,8 +13,28 @@ from typing import BinaryIO
 from servetune.clients.errors import APIError
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors")
+TOLD = ("manifest.json", "manifest.json.sha256")  # of an export
 DEEPEST = 4  # folders and the file, in the archive
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
+
+
+def pack(source: Path) -> bytes:
+    """A tar of what makes an adapter in a PEFT directory; a tar file is taken as it is.
+
+    Raises FileNotFoundError where it is neither, or lacks a file.
+    """
+    if source.is_file():
+        return source.read_bytes()
+    if missing := [name for name in NEEDED if not (source / name).is_file()]:
+        raise FileNotFoundError(f"{source} is no adapter that PEFT saved: it lacks {' and '.join(missing)}")
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for name in (*NEEDED, *(each for each in TOLD if (source / each).is_file())):
+            content = (source / name).read_bytes()
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
 
 
 def check_free(target: Path) -> None:

@@ -25,6 +25,11 @@ class Adapters(Blocking):
     list = blocking(admin.list_adapters)
     create = blocking(admin.create)
     get = blocking(admin.get_adapter)
+    settings = blocking(admin.settings)
+    probe_sets = blocking(admin.probe_sets)
+    upload_probes = blocking(admin.upload_probes)
+    remove_probes = blocking(admin.remove_probes)
+    configure = blocking(admin.configure)
     versions = blocking_each(admin.versions)
     version = blocking(admin.get_version)
     snapshot = blocking(admin.snapshot)
@@ -36,6 +41,9 @@ class Adapters(Blocking):
     review = blocking(reviews.review)
     next_pair = blocking(reviews.next_pair)
     judge = blocking(reviews.judge)
+    import_adapter = blocking(admin.import_adapter)
+    pin = blocking(admin.pin)
+    unpin = blocking(admin.unpin)
 
 
 class AsyncAdapters(Awaiting):
@@ -44,6 +52,11 @@ class AsyncAdapters(Awaiting):
     list = awaiting(admin.list_adapters)
     create = awaiting(admin.create)
     get = awaiting(admin.get_adapter)
+    settings = awaiting(admin.settings)
+    probe_sets = awaiting(admin.probe_sets)
+    upload_probes = awaiting(admin.upload_probes)
+    remove_probes = awaiting(admin.remove_probes)
+    configure = awaiting(admin.configure)
     versions = awaiting_each(admin.versions)
     version = awaiting(admin.get_version)
     snapshot = awaiting(admin.snapshot)
@@ -55,6 +68,9 @@ class AsyncAdapters(Awaiting):
     review = awaiting(reviews.review)
     next_pair = awaiting(reviews.next_pair)
     judge = awaiting(reviews.judge)
+    import_adapter = awaiting(admin.import_adapter)
+    pin = awaiting(admin.pin)
+    unpin = awaiting(admin.unpin)
 
 
 class Adaptation(Blocking):

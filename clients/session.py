@@ -71,9 +71,12 @@ Steps: TypeAlias = Generator[Step, Any, T]
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One logical call. `body` is made once, then sent in each attempt; None as a value means "left out"."""
+    """One logical call. `body` is made once, then sent in each attempt; None as a value means "left out".
 
-    method: Literal["GET", "POST"]
+    `tar` is sent as it is, instead of a body.
+    """
+
+    method: Literal["GET", "POST", "PATCH"]
     path: str
     parse: Callable[[httpx2.Response], T]
     body: Callable[[], Mapping[str, Any]] | None = None
@@ -83,6 +86,7 @@ class Call(Generic[T]):
     max_retries: int | None = None
     idempotency_key: str | None = None
     sink: BinaryIO | None = None
+    tar: Callable[[], bytes] | None = None
 
 
 class Feed(Protocol[T_co]):
@@ -139,7 +143,9 @@ class Session:
 
     def send(self, call: Call[T]) -> Steps[T]:
         """Send a call until it succeeds or retrying is pointless. Raises APIError."""
-        content = None if call.body is None else (yield Work(partial(to_json, call.body)))
+        content = None
+        if make := call.tar or (call.body and partial(to_json, call.body)):
+            content = yield Work(make)
         headers = self._headers(call)
         retries = self.max_retries if call.max_retries is None else call.max_retries
         for attempt in itertools.count():
@@ -188,6 +194,8 @@ class Session:
             headers["Authorization"] = f"Bearer {key}"
         if call.body is not None:
             headers["Content-Type"] = "application/json"
+        if call.tar is not None:
+            headers["Content-Type"] = "application/x-tar"
         if call.method == "POST":
             headers["Idempotency-Key"] = call.idempotency_key or uuid4().hex
         return headers

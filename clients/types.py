@@ -67,7 +67,8 @@ ImageInput = Annotated[str, Field(max_length=20_000_000)] | ImageUrl | ImageData
 
 
 class AnswerRequest(Request):
-    """One question about an image. With `candidate_labels` it is recognition, otherwise VQA.
+    """One question about an image. With `candidate_labels` it is recognition, otherwise VQA; with `task:
+    recognition` alone the labels are those of the adapter's settings.
 
     A plain string as image is a URL, a `data:` URI or bare base64.
     """
@@ -95,6 +96,11 @@ class AnswerRequest(Request):
     stream: bool = Field(False, description="VQA: tell the answer while it grows, as server-sent events")
     metadata: Annotated[dict[str, Annotated[str, Field(max_length=512)]], Field(max_length=16)] | None = None
 
+    @property
+    def is_choice(self) -> bool:
+        """Is it recognition? Without labels of its own it chooses among those that the adapter's settings name."""
+        return self.candidate_labels is not None or self.task == "recognition"
+
     @field_validator("adapter", mode="before")
     @classmethod
     def _null_is_live(cls, value: object) -> object:
@@ -114,17 +120,15 @@ class AnswerRequest(Request):
             raise ValueError("give exactly one of 'image' and 'images'")
         if self.candidate_labels is not None and len(set(self.candidate_labels)) < len(self.candidate_labels):
             raise ValueError("'candidate_labels' must be unique")
-        if self.task == "recognition" and self.candidate_labels is None:
-            raise ValueError("task 'recognition' needs 'candidate_labels'")
         if self.task == "vqa" and self.candidate_labels is not None:
             raise ValueError("task 'vqa' takes no 'candidate_labels'")
-        if self.candidate_labels is None and self.question is None:
+        if not self.is_choice and self.question is None:
             raise ValueError("give a 'question', or 'candidate_labels' to choose from")
-        if self.n > 1 and self.candidate_labels is not None:
+        if self.n > 1 and self.is_choice:
             raise ValueError("'n' is for VQA: recognition already returns the whole distribution")
-        if self.candidate_labels is None and max(self.n, self.top_k or 1) * self.max_tokens > MAX_ANSWER_TOKENS:
+        if not self.is_choice and max(self.n, self.top_k or 1) * self.max_tokens > MAX_ANSWER_TOKENS:
             raise ValueError(f"'n' or 'top_k' times 'max_tokens' may be at most {MAX_ANSWER_TOKENS}")
-        if self.stream and (self.candidate_labels is not None or self.n > 1 or self.adapt == "now"):
+        if self.stream and (self.is_choice or self.n > 1 or self.adapt == "now"):
             raise ValueError("'stream' is for one open answer: not with labels, 'n' above 1 or 'adapt': 'now'")
         if self.deadline_s is not None and self.adapt != "now":
             raise ValueError("'deadline_s' is for 'adapt': 'now'")
@@ -265,13 +269,14 @@ class VersionInfo(Result):
     """An immutable version of an adapter, as its manifest describes it.
 
     `temperature` divides its log-probabilities before they are shown as confidence. One that is not `servable` was
-    made for a base model, of that `base_digest`, which its adapter had before.
+    made for a base model, of that `base_digest`, which its adapter had before. `pinned`: the operator keeps its
+    weights. `retired`: retention deleted them, and it can no longer be served.
     """
 
     version: str
     parent: str | None = None
     created: float
-    origin: Literal["base", "worker", "snapshot", "reset"]
+    origin: Literal["base", "worker", "snapshot", "reset", "import"]
     label: str | None = None
     digest: str
     base_digest: str
@@ -284,6 +289,8 @@ class VersionInfo(Result):
     metrics: dict[str, float] = {}
     gate: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
+    pinned: bool = False
+    retired: bool = False
 
 
 class AdapterInfo(Result):
@@ -297,6 +304,68 @@ class AdapterInfo(Result):
     num_versions: int
     resident: list[str]
     leases: dict[str, int]
+    mode: Mode = "live"
+
+
+Mode = Literal["off", "observe", "canary", "live"]
+
+
+class AdapterSettings(Result):
+    """How an adapter behaves.
+
+    `mode`: `off` keeps and learns nothing; `observe` learns, and what the gate accepts becomes the alias
+    `candidate`; `canary` also has `canary_share` of the requests for `live` answered by it; `live` serves what the
+    gate accepts. `labels`: of recognition that names none.
+    """
+
+    mode: Mode
+    canary_share: float
+    labels: list[str]
+
+
+class SettingsRequest(Request):
+    """What is to change; the rest stays."""
+
+    mode: Mode | None = None
+    canary_share: float | None = Field(None, ge=0, le=1)
+    labels: Annotated[list[Label], Field(max_length=1000)] | None = None
+
+    @field_validator("labels")
+    @classmethod
+    def _a_choice(cls, labels: list[str] | None) -> list[str] | None:
+        if labels is not None and (len(labels) == 1 or len(set(labels)) < len(labels)):
+            raise ValueError("give two or more labels, each once, or none")
+        return labels
+
+
+class ProbeItem(Request):
+    """A question about an image, whose answer the operator knows; with labels it is one of them."""
+
+    image: ImageInput
+    answer: Label
+    question: Question | None = None
+    candidate_labels: Annotated[list[Label], Field(min_length=2, max_length=1000)] | None = None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ProbeItem:
+        if self.candidate_labels is None and self.question is None:
+            raise ValueError("give a 'question', or 'candidate_labels' to choose from")
+        if self.candidate_labels is not None and self.answer not in self.candidate_labels:
+            raise ValueError("'answer' must be one of 'candidate_labels'")
+        return self
+
+
+class ProbesRequest(Request):
+    probes: Annotated[list[ProbeItem], Field(min_length=1, max_length=500)]
+
+
+class ProbeSetInfo(Result):
+    """A labelled probe set. The gate judges by the one that is `active`."""
+
+    version: str
+    created: float
+    num_probes: int
+    active: bool
 
 
 class CreateRequest(Request):
@@ -389,14 +458,15 @@ class AdaptationStatus(Result):
     lag_versions: int
     buffer: BufferStatus
     worker: WorkerStatus
+    mode: Mode = "live"
 
 
 class Event(Result):
     """Something that happened to an adapter, with numbers and names and nothing that anybody sent.
 
-    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `pause`, `resume`,
-    `erase`, `degraded` or `base_mismatch`; `status`, which has no id and is not kept, says how things stand.
-    `time` is in seconds since 1970.
+    `kind`: `step`, `verdict`, `publish`, `swap`, `snapshot`, `promote`, `rollback`, `reset`, `import`, `pin`,
+    `unpin`, `retire`, `settings`, `probes`, `dismiss`, `pause`, `resume`, `erase`, `degraded` or `base_mismatch`;
+    `status`, which has no id and is not kept, says how things stand. `time` is in seconds since 1970.
     """
 
     id: str | None = None

@@ -176,6 +176,8 @@ def _spelled(parameter: Any) -> str:
 def _taken(kind: Any) -> str:
     """What a value is, of a type annotation."""
     inner = [each for each in typing.get_args(kind) if each is not type(None)]
+    if typing.get_origin(kind) is typing.Literal:
+        return " or ".join(f"`{each}`" for each in inner)
     if inner:
         return _taken(inner[0])
     if issubclass(kind, Enum):

@@ -85,6 +85,10 @@ def learn(settings: Settings, items: Sequence[Item], budget_s: float | None, say
     store = open_store(settings, policy)
     if store.paused:
         raise CannotLearn(f"learning of adapter {settings.adapter!r} is paused: `servetune resume` ends that")
+    if not store.conduct().learns:
+        raise CannotLearn(
+            f"adapter {settings.adapter!r} is off: `servetune adapters settings --mode live` ends that"
+        )
     before, stream = set(store.versions()), ListStream()
     worker = list_worker(settings, policy, store, stream)
     feed = _Feed(items, settings, policy.family.recognition_question)
@@ -97,7 +101,7 @@ def learn(settings: Settings, items: Sequence[Item], budget_s: float | None, say
     stopped = _turn(worker, stream, feed, budget_s, tell)
     if feed.unreadable and not feed.asked:
         raise BadData(feed.unreadable[0])
-    made = [v for v in store.promoted() if v not in before and store.manifest(v).origin == "worker"]
+    made = [v for v in store.accepted() if v not in before and store.manifest(v).origin == "worker"]
     return {
         "queries": feed.asked - len(stream.waiting),
         "steps": worker.learner.steps,

@@ -7,39 +7,48 @@ refresh of the engine, so that the reply is true for this process.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable
+import re
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Request
+from fastapi import Query as QueryField
 from fastapi.responses import StreamingResponse
 from pydantic import Field, StringConstraints
 from pydantic.json_schema import SkipJsonSchema
 
+from servetune.adapters.conduct import Conduct
+from servetune.adapters.parcel import unpack
 from servetune.adapters.store import AdapterStore
-from servetune.adapters.types import BASE
-from servetune.adapters.versions import Manifest, StoreError, version_name
+from servetune.adapters.types import BASE, Probe, Query
+from servetune.adapters.versions import Alias, Manifest, StoreError, version_name
 from servetune.clients.types import (
     AdaptationStatus,
     AdapterChoice,
     AdapterInfo,
+    AdapterSettings,
     AuditEntry,
     CreateRequest,
     Erased,
     EraseRequest,
     Page,
+    ProbeSetInfo,
     PromoteRequest,
     ResetRequest,
     RollbackRequest,
+    SettingsRequest,
     SnapshotRequest,
     VersionInfo,
 )
 from servetune.server.access import Principal, Require
-from servetune.server.description import problems
+from servetune.server.bodies import parse_probes
+from servetune.server.description import PROBES_BODY, problems
 from servetune.server.engine import Engine
 from servetune.server.errors import ServiceError, as_service_error
 from servetune.server.history import act_event
 from servetune.server.lines import Line
+from servetune.server.probes import ProbeSet, ProbeSets, UnknownProbes, probes_name
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
@@ -60,7 +69,11 @@ class Tar(StreamingResponse):
     media_type = "application/x-tar"
 
 
+TAKES_FILE = re.compile(r"/v1/adapters/[^/]+/(import|probes)")
+"""Paths of the routes whose bodies are files."""
 TAR: dict[str, Any] = {"content": {Tar.media_type: {"schema": {"type": "string", "format": "binary"}}}}
+
+TAR_BODY: dict[str, Any] = {"requestBody": {"required": True, **TAR}}
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +108,8 @@ class Operator:
 
 
 Absent = SkipJsonSchema[None]  # what may be left out of an address or a head; it cannot be sent as null
-Limit = Annotated[int, Query(ge=1, le=200)]
+Limit = Annotated[int, QueryField(ge=1, le=200)]
+ProbesName = Annotated[str, StringConstraints(pattern=r"^p[0-9]{4,9}$")]
 Generation = Annotated[str, StringConstraints(pattern=r'^"?[0-9]{1,18}"?$')]
 
 
@@ -107,7 +121,7 @@ async def _named(name: str, services: ServicesDep) -> Line:
 async def _meant(
     services: ServicesDep,
     adapter: Annotated[
-        AdapterChoice | Absent, Query(description="by default the one that the server names")
+        AdapterChoice | Absent, QueryField(description="by default the one that the server names")
     ] = None,
 ) -> Line:
     """The adapter that a request is about. Raises ServiceError `adapter_not_found`."""
@@ -154,6 +168,71 @@ async def get_adapter(line: NamedDep) -> AdapterInfo:
     return await _info(line)
 
 
+@router.get("/adapters/{name}/settings")
+async def get_settings(line: NamedDep) -> AdapterSettings:
+    """How it behaves: its mode, the share that a candidate answers, and the labels of recognition."""
+    return _settings(await asyncio.to_thread(line.store.conduct))
+
+
+@router.patch("/adapters/{name}/settings")
+async def change_settings(line: NamedDep, body: SettingsRequest, operator: OperatorDep) -> AdapterSettings:
+    """Change how it behaves. Every server follows within seconds, and the worker with its next step."""
+    changes = body.model_dump(exclude_none=True)
+    told = {**changes, **({"labels": len(changes["labels"])} if "labels" in changes else {})}
+    if "labels" in changes:
+        changes["labels"] = tuple(changes["labels"])
+    change = asyncio.to_thread(lambda: line.store.change(**changes))
+    return _settings(await operator.act(line, "adapter_settings", told, change))
+
+
+@router.get("/adapters/{name}/probes")
+async def list_probes(line: NamedDep, services: ServicesDep) -> Page[ProbeSetInfo]:
+    """Its labelled probe sets, newest first; the newest is what the gate judges by."""
+    sets = ProbeSets(line.store.folder, services.settings)
+    found = await asyncio.to_thread(sets.all)
+    return Page(data=[_probe_set(each, found[0].version) for each in found])
+
+
+@router.post(
+    "/adapters/{name}/probes", status_code=201, openapi_extra=PROBES_BODY, responses=problems(413, 415, 422)
+)
+async def upload_probes(
+    line: NamedDep, request: Request, services: ServicesDep, operator: OperatorDep
+) -> ProbeSetInfo:
+    """Labelled questions for the gate alone, sealed as stored queries are; they are never learned from."""
+    asked = await asyncio.to_thread(parse_probes, request.headers, await request.body())
+    probes = []
+    for number, item in enumerate(asked.probes):
+        try:
+            images = await services.answers.read([item.image])
+        except ServiceError as error:
+            error.param = f"probes.{number}"
+            raise
+        question = item.question or line.engine.recognition_question
+        probes.append(Probe(Query("probe", images, question, tuple(item.candidate_labels or ())), item.answer))
+    sets = ProbeSets(line.store.folder, services.settings)
+    change = asyncio.to_thread(sets.upload, probes)
+    made = await operator.act(line, "probes_uploaded", {"num_probes": len(probes)}, change)
+    return _probe_set(made, made.version)
+
+
+@router.post("/adapters/{name}/probes/{version}/remove")
+async def remove_probes(
+    line: NamedDep, version: ProbesName, services: ServicesDep, operator: OperatorDep
+) -> Page[ProbeSetInfo]:
+    """Erase a probe set; the newest that is left counts."""
+    sets = ProbeSets(line.store.folder, services.settings)
+
+    async def change() -> None:
+        try:
+            await asyncio.to_thread(sets.remove, int(version[1:]))
+        except UnknownProbes:
+            raise ServiceError("probes_not_found") from None
+
+    await operator.act(line, "probes_removed", {"probes": version}, change())
+    return await list_probes(line, services)
+
+
 @router.get("/adapters/{name}/versions")
 async def list_versions(
     line: NamedDep, cursor: AdapterChoice | Absent = None, limit: Limit = 50
@@ -165,7 +244,8 @@ async def list_versions(
 @router.get("/adapters/{name}/versions/{version}")
 async def get_version(line: NamedDep, version: AdapterChoice) -> VersionInfo:
     """One version, by number or alias."""
-    return await asyncio.to_thread(lambda: _stored_info(line.store, line.store.resolve(version)))
+    store = line.store
+    return await asyncio.to_thread(lambda: _version_info(store, store.manifest(store.resolve(version))))
 
 
 @router.get("/adapters/{name}/versions/{version}/export", response_class=Tar, responses={200: TAR})
@@ -207,7 +287,7 @@ async def read_audit(
 async def snapshot(line: NamedDep, body: SnapshotRequest, operator: OperatorDep) -> VersionInfo:
     """Keep the live weights as a version of its own, under the alias `label`."""
     change = asyncio.to_thread(line.store.snapshot, body.label, dict(body.metadata))
-    return _version_info(await operator.act(line, "adapter_snapshot", {"label": body.label}, change))
+    return _version_info(line.store, await operator.act(line, "adapter_snapshot", {"label": body.label}, change))
 
 
 @router.post("/adapters/{name}/promote")
@@ -247,7 +327,42 @@ async def reset(line: NamedDep, body: ResetRequest, operator: OperatorDep) -> Ve
     made = await operator.act(line, "adapter_reset", body.model_dump(), change())
     if body.purge_buffer:  # after the reset: what is learned meanwhile is no longer wanted
         await operator.act(line, "buffer_purged", {}, buffer.purge())
-    return _version_info(made)
+    return _version_info(store, made)
+
+
+@router.post("/adapters/{name}/import", status_code=201, openapi_extra=TAR_BODY, responses=problems(413, 415, 422))
+async def import_adapter(
+    line: NamedDep, request: Request, operator: OperatorDep, promote: bool = False
+) -> VersionInfo:
+    """Publish an adapter from elsewhere as a version of its own: a tar of a PEFT directory, such as an export.
+
+    It is checked and must answer the probe, and is not live until it is promoted, or with `promote`.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != Tar.media_type:
+        raise ServiceError("unsupported_media_type", f"Send {Tar.media_type}: a tar of the adapter's directory.")
+    archive, store = await request.body(), line.store
+
+    async def change() -> Manifest:
+        draft = await line.engine.examine(await asyncio.to_thread(unpack, archive))
+        return await asyncio.to_thread(store.publish, draft)
+
+    made = await operator.act(line, "adapter_imported", {"bytes": len(archive)}, change())
+    if promote:
+        moving = asyncio.to_thread(store.promote, made.version)
+        await operator.act(line, "adapter_promoted", {"version": version_name(made.version)}, moving)
+    return _version_info(store, made)
+
+
+@router.post("/adapters/{name}/versions/{version}/pin")
+async def pin(line: NamedDep, version: AdapterChoice, operator: OperatorDep) -> VersionInfo:
+    """Keep the weights of a version, whatever retention would do with them."""
+    return await _set_pinned(line, version, operator, "adapter_pinned", line.store.pin)
+
+
+@router.post("/adapters/{name}/versions/{version}/unpin")
+async def unpin(line: NamedDep, version: AdapterChoice, operator: OperatorDep) -> VersionInfo:
+    """Leave the weights of a version to retention again."""
+    return await _set_pinned(line, version, operator, "adapter_unpinned", line.store.unpin)
 
 
 @router.post("/adaptation/pause")
@@ -291,7 +406,29 @@ async def _set_paused(line: Line, operator: Operator, event: str, paused: bool) 
     return await adaptation_status(line)
 
 
+async def _set_pinned(
+    line: Line, version: str, operator: Operator, event: str, change: Callable[[int], Alias]
+) -> VersionInfo:
+    store = line.store
+    setting = asyncio.to_thread(lambda: change(store.resolve(version)))
+    set_to = await operator.act(line, event, {"version": version}, setting)
+    return await asyncio.to_thread(lambda: _version_info(store, store.manifest(set_to.version)))
+
+
 # --- store to wire -----------------------------------------------------------------------------------
+
+
+def _probe_set(made: ProbeSet, active: int) -> ProbeSetInfo:
+    return ProbeSetInfo(
+        version=probes_name(made.version),
+        created=made.created,
+        num_probes=made.num_probes,
+        active=made.version == active,
+    )
+
+
+def _settings(conduct: Conduct) -> AdapterSettings:
+    return AdapterSettings(mode=conduct.mode, canary_share=conduct.canary_share, labels=list(conduct.labels))
 
 
 async def _info(line: Line) -> AdapterInfo:
@@ -311,13 +448,16 @@ def _adapter_info(store: AdapterStore, engine: Engine | None) -> AdapterInfo:
         num_versions=len(versions),
         resident=[version_name(number) for number in resident],
         leases={version_name(number): count for number, count in leases.items()},
+        mode=store.conduct().mode,
     )
 
 
 async def adaptation_status(line: Line) -> AdaptationStatus:
     """Is it learning, from what, and how far is serving behind?"""
     store, serving = line.store, line.engine.serving
-    live, versions, paused = await asyncio.to_thread(lambda: (store.live(), store.versions(), store.paused))
+    live, versions, paused, conduct = await asyncio.to_thread(
+        lambda: (store.live(), store.versions(), store.paused, store.conduct())
+    )
     low, high = sorted((serving, live.version))
     return AdaptationStatus(
         adapter=store.name,
@@ -327,6 +467,7 @@ async def adaptation_status(line: Line) -> AdaptationStatus:
         lag_versions=sum(low < number <= high for number in versions),
         buffer=await line.buffer.status(),
         worker=await line.buffer.read_worker(),
+        mode=conduct.mode,
     )
 
 
@@ -337,17 +478,13 @@ def _version_page(store: AdapterStore, cursor: str | None, limit: int) -> Page[V
         numbers = [number for number in numbers if number < seen]
     page = numbers[:limit]
     following = version_name(page[-1]) if len(numbers) > limit else None
-    return Page(data=[_stored_info(store, number) for number in page], next_cursor=following)
+    return Page(data=[_version_info(store, store.manifest(number)) for number in page], next_cursor=following)
 
 
-def _stored_info(store: AdapterStore, number: int) -> VersionInfo:
-    made = store.manifest(number)
-    return _version_info(made).model_copy(update={"servable": made.fit == store.manifest(BASE).fit})
-
-
-def _version_info(made: Manifest) -> VersionInfo:
+def _version_info(store: AdapterStore, made: Manifest) -> VersionInfo:
     return VersionInfo(
         version=version_name(made.version),
+        servable=made.fit == store.manifest(BASE).fit,
         parent=None if made.parent is None else version_name(made.parent),
         created=made.created,
         origin=made.origin,
@@ -362,4 +499,6 @@ def _version_info(made: Manifest) -> VersionInfo:
         metrics=made.metrics,
         gate=made.gate,
         metadata=made.metadata,
+        pinned=made.version in store.pinned(),
+        retired=made.version in store.retired(),
     )

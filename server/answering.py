@@ -15,7 +15,7 @@ import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -26,6 +26,7 @@ from servetune.adapters.family import Prefix
 from servetune.adapters.features import ByteCache
 from servetune.adapters.growth import Sample, Stopped
 from servetune.adapters.policy import Observation, Policy
+from servetune.adapters.retention import Hold
 from servetune.adapters.types import Query, Sampling
 
 MOST_TOGETHER = 32  # queries in one batch
@@ -71,13 +72,17 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """A version whose weights are loaded: where they are (None: the base), what they are, and its temperature."""
+    """A version whose weights are loaded: where they are (None: the base), what they are, and its temperature.
+
+    Its `hold` keeps retention from them.
+    """
 
     adapter: str
     version: int
     slot: str | None
     digest: str
     temperature: float = 1.0
+    hold: Hold | None = field(default=None, repr=False)
 
     @property
     def key(self) -> tuple[str, int]:

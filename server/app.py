@@ -12,8 +12,10 @@ import structlog
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.routing import iter_route_contexts
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.types import Scope
 
 import servetune
 from servetune.server import admin, chat, live, review, routes, tracing
@@ -23,7 +25,7 @@ from servetune.server.buffer import QueryBuffer
 from servetune.server.cipher import Cipher, load_key
 from servetune.server.comparison import Comparison
 from servetune.server.description import complete
-from servetune.server.errors import as_service_error, problem
+from servetune.server.errors import ServiceError, as_service_error, problem
 from servetune.server.history import History
 from servetune.server.idempotency import Idempotency
 from servetune.server.lines import Lines
@@ -138,9 +140,20 @@ def _middleware(settings: Settings, access: Access, metrics: Metrics) -> list[Mi
         Middleware(Boundary),
         Middleware(Measured, metrics=metrics),
         *([] if access.has_user_keys else [Middleware(LocalOnly, hosts=hosts)]),
-        Middleware(BodyCap, limit=settings.max_body_bytes),
+        Middleware(BodyCap, limit=settings.max_body_bytes, file_limit=partial(_file_limit, settings, access)),
         Middleware(Idempotency),
     ]
+
+
+def _file_limit(settings: Settings, access: Access, scope: Scope) -> int | None:
+    """How large the file of a request may be; None where it brings none, or its sender may not send one."""
+    if not admin.TAKES_FILE.fullmatch(scope["path"]):
+        return None
+    try:
+        access.authorize(Headers(scope=scope).get("authorization"), "admin")
+    except ServiceError:  # the route refuses it too, and by then has not read much
+        return None
+    return settings.max_import_bytes
 
 
 async def _render(request: Request, error: Exception) -> Response:

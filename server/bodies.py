@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
-from servetune.clients.types import AnswerRequest, BatchRequest, ImageInput
+from servetune.clients.types import AnswerRequest, BatchRequest, ImageInput, ProbesRequest
 from servetune.server.errors import ServiceError, invalid_request
 
 MAX_IMAGES = 8
@@ -62,6 +62,16 @@ def parse_batch(headers: Headers, body: bytes) -> list[Asked]:
             raise _invalid("stream", "is for single questions")
     opted_out = is_opted_out(headers)
     return [Asked(request, request.images or [request.image or ""], opted_out) for request in batch.requests]
+
+
+def parse_probes(headers: Headers, body: bytes) -> ProbesRequest:
+    """Read the body of a probe set, JSON alone. Raises ServiceError as `parse_question` does."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ServiceError("unsupported_media_type", "Send application/json.")
+    try:
+        return ProbesRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid_request(error.errors(include_url=False)) from None
 
 
 def is_opted_out(headers: Headers) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
-from servetune.clients.types import AnswerRequest, BatchRequest, Problem
+from servetune.clients.types import AnswerRequest, BatchRequest, ProbesRequest, Problem
 from servetune.server.bodies import MAX_IMAGES
 
 _REFERENCE = "#/components/schemas/{model}"
@@ -86,6 +86,12 @@ BATCH_BODY: dict[str, Any] = {
     },
     "parameters": [_ADAPT_HEADER],
 }
+PROBES_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": {"$ref": _REFERENCE.format(model="ProbesRequest")}}},
+    }
+}
 CHAT_BODY: dict[str, Any] = {
     "requestBody": {"content": {"application/json": {"example": _CHAT_EXAMPLE}}},
     "parameters": [_ADAPT_HEADER],
@@ -98,7 +104,12 @@ def complete(document: dict[str, Any], keyed: Collection[str]) -> None:
     components = document.setdefault("components", {})
     components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     _, models = models_json_schema(
-        [(AnswerRequest, "validation"), (BatchRequest, "validation"), (Problem, "serialization")],
+        [
+            (AnswerRequest, "validation"),
+            (BatchRequest, "validation"),
+            (ProbesRequest, "validation"),
+            (Problem, "serialization"),
+        ],
         ref_template=_REFERENCE,
     )
     schemas = components.setdefault("schemas", {})

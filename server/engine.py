@@ -7,6 +7,7 @@ assignment.
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -16,13 +17,15 @@ from functools import partial
 
 import structlog
 
+from servetune.adapters.conduct import Conduct
 from servetune.adapters.looks import Look, Looks
+from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.adapters.versions import Alias, StoreError, version_name
+from servetune.adapters.versions import Alias, Draft, StoreError, UnfitAdapter, version_name
 from servetune.server.answering import Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
-from servetune.server.stage import QueueFull, Stage
+from servetune.server.stage import QueueFull, Stage, is_same_probe
 
 AWAKE_S = 60.0  # how long after a question an adapter is looked at often
 SELDOM = 20  # times as long between two looks at one that nobody asks
@@ -83,6 +86,7 @@ class Engine:
         self.dtype = str(family.model.dtype).removeprefix("torch.")
         self.recognition_question = settings.recognition_question or family.recognition_question
         self.serving = BASE
+        self.conduct = Conduct()
         self.stage = stage
         stage.introduce(store)
         self.on_swap: Callable[[Swap], None] = lambda swap: None
@@ -211,9 +215,10 @@ class Engine:
         return computed_s
 
     async def _version(self, choice: str) -> int:
+        if choice in ("live", "candidate"):
+            self._asked = time.monotonic()
         if choice != "live":
             return await asyncio.to_thread(self.store.resolve, choice)
-        self._asked = time.monotonic()
         if self._asked - self._looked > 2 * self._poll_s + 1:  # nobody has asked for a while
             await self.refresh()
         return self.serving
@@ -251,7 +256,7 @@ class Engine:
         """
         async with self._refreshing:  # an operator's act and the watch may come to it together
             self._looked = time.monotonic()
-            live = await asyncio.to_thread(self.store.live)
+            live, self.conduct = await asyncio.to_thread(lambda: (self.store.live(), self.store.conduct()))
             if live.version != self.serving and self._refused != (live.generation, live.version):
                 await self._swap(live)
             return self.serving
@@ -280,6 +285,23 @@ class Engine:
         Raises TimeoutError where the model stands still; it forgets when it goes on.
         """
         await self.stage.forget(self.store.name, versions)
+
+    async def examine(self, parcel: Parcel) -> Draft:
+        """An adapter from elsewhere as a version to be, once it is known how it answers here.
+
+        Raises:
+            UnfitAdapter: it does not fit this model, or answers otherwise than where it was exported.
+            QueueFull: every slot is leased.
+        """
+        await asyncio.to_thread(self.store.check, parcel)
+        probe = await self.stage.examine(self.store, parcel.weights)
+        if not all(map(math.isfinite, probe)):
+            raise UnfitAdapter("what it makes of the probe is not finite: train it with smaller steps")
+        if parcel.manifest is not None and not is_same_probe(probe, parcel.manifest.probe):
+            raise UnfitAdapter(
+                "it does not answer its probe as where it was exported: is the model the same there?"
+            )
+        return parcel.draft(probe)
 
     async def _watch(self) -> None:
         while True:

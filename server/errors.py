@@ -23,8 +23,10 @@ from servetune.adapters.versions import (
     CorruptVersion,
     ForeignVersion,
     NameTaken,
+    RetiredVersion,
     StoreBusy,
     StoreError,
+    UnfitAdapter,
     UnknownVersion,
 )
 from servetune.clients.types import Problem
@@ -42,6 +44,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "origin_refused": (403, "Requests from other web sites are refused"),
     "not_found": (404, "There is nothing at this address"),
     "adapter_not_found": (404, "No such adapter, alias or version"),
+    "probes_not_found": (404, "No such probe set"),
     "model_not_found": (404, "No such model"),
     "answer_not_found": (404, "No such answer"),
     "pair_not_found": (404, "No such pair of answers"),
@@ -50,12 +53,14 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "adapter_incompatible": (409, "The adapter or version was made for another base model"),
     "name_taken": (409, "The name is reserved or in use"),
     "alias_moved": (409, "`live` has moved"),
+    "version_retired": (409, "The weights of that version are gone"),
     "idempotency_in_flight": (409, "A request with this Idempotency-Key is running"),
     "body_too_large": (413, "The body is too large"),
     "unsupported_media_type": (415, "The content type is not supported"),
     "unsupported_image": (415, "The image is neither JPEG, PNG nor WebP"),
     "invalid_request": (422, "A field is not valid"),
     "invalid_image": (422, "The image cannot be read"),
+    "adapter_unfit": (422, "The adapter cannot be used here"),
     "prompt_too_long": (422, "The question and its images are too long"),
     "image_too_large": (422, "The image has too many pixels"),
     "image_url_disabled": (422, "Image addresses are switched off"),
@@ -142,7 +147,7 @@ def as_service_error(error: Exception) -> ServiceError:
         case HTTPException():
             fallback = "bad_request" if error.status_code < 500 else "internal_error"
             return ServiceError(_BY_STATUS.get(error.status_code, fallback), headers=error.headers)
-        case UnknownVersion() | AliasMoved() | NameTaken() | ForeignVersion():
+        case UnknownVersion() | AliasMoved() | NameTaken() | ForeignVersion() | RetiredVersion() | UnfitAdapter():
             return ServiceError(error.code, str(error))
         case StoreBusy():
             return ServiceError("store_busy")

@@ -235,6 +235,12 @@ ACTS = {
     "adaptation_paused": "pause",
     "adaptation_resumed": "resume",
     "queries_erased": "erase",
+    "adapter_imported": "import",
+    "adapter_settings": "settings",
+    "probes_uploaded": "probes",
+    "probes_removed": "probes",
+    "adapter_pinned": "pin",
+    "adapter_unpinned": "unpin",
 }
 """Entries of the audit trail that are part of an adapter's history, and what they are called there."""
 
@@ -249,7 +255,9 @@ def act_event(act: str, details: Mapping[str, Any], result: object) -> tuple[str
         result = result.live
     if isinstance(result, Manifest | Alias):
         told["version"] = version_name(result.version)
-    return ACTS[act], told | {name: details[name] for name in ("label",) if name in details}
+    return ACTS[act], told | {
+        name: details[name] for name in ("label", "mode", "canary_share", "num_probes") if name in details
+    }
 
 
 def version_event(made: Manifest) -> dict[str, Any]:

@@ -110,13 +110,14 @@ class MeasuredAnswers(AnswerService):
     async def _ask(
         self, asked: Asked, request: AnswerRequest, *args: Any, **kwargs: Any
     ) -> tuple[Outcome, Adaptation]:
-        asked.task = "vqa" if request.candidate_labels is None else "recognition"
+        asked.task = "recognition" if request.is_choice else "vqa"
         asked.alias = _kind(chosen(request.adapter, "")[1])
         try:
             outcome, kept = await super().ask(request, *args, **kwargs)
         except Exception as error:
             asked.outcome = as_service_error(error).code
             raise
+        asked.alias = _kind(outcome.alias or "") if asked.alias == "live" else asked.alias  # or a canary's
         asked.adapter = outcome.adapter  # known to exist, which one in a request that failed may not be
         asked.outcome = "unparsed" if outcome.finish_reason == "unparsed" else "answered"
         self._metrics.queue_wait.labels(asked.task).observe(max(0.0, outcome.queue_s))

@@ -9,7 +9,7 @@ import asyncio
 import re
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 import structlog
@@ -23,6 +23,7 @@ log = structlog.get_logger("servetune.http")
 
 VERSION_HEADER = "Servetune-Adapter-Version"
 BODY_TIMEOUT_S = 30.0
+FILE_TIMEOUT_S = 300.0  # of an administrator
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 
 
@@ -88,33 +89,39 @@ class BodyCap:
     """Reads the body, counting what arrives, before anything parses it.
 
     The size promised in Content-Length can only lead to an earlier refusal; chunked bodies are counted alike.
+    `file_limit` says of requests that bring a file, and whose sender may, how large they may be instead.
     """
 
-    def __init__(self, app: ASGIApp, limit: int) -> None:
+    def __init__(
+        self, app: ASGIApp, limit: int, file_limit: Callable[[Scope], int | None] = lambda scope: None
+    ) -> None:
         self.app = app
         self.limit = limit
+        self.file_limit = file_limit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        self._check_promise(Headers(scope=scope).get("content-length"))
+        larger = self.file_limit(scope)
+        limit = larger or self.limit
+        self._check_promise(Headers(scope=scope).get("content-length"), limit)
         try:
-            async with asyncio.timeout(BODY_TIMEOUT_S):
-                body = await self._read(receive)
+            async with asyncio.timeout(FILE_TIMEOUT_S if larger else BODY_TIMEOUT_S):
+                body = await self._read(receive, limit)
         except TimeoutError:
             raise ServiceError("body_timeout") from None
         await self.app(scope, replaying(body, receive), send)
 
-    def _check_promise(self, length: str | None) -> None:
+    def _check_promise(self, length: str | None, limit: int) -> None:
         if length is None:
             return
         if not (length.isascii() and length.isdigit()):
             raise ServiceError("invalid_content_length")
-        if len(length) > 18 or int(length) > self.limit:
-            raise self._too_large()
+        if len(length) > 18 or int(length) > limit:
+            raise _too_large(limit)
 
-    async def _read(self, receive: Receive) -> bytes:
+    async def _read(self, receive: Receive, limit: int) -> bytes:
         chunks, size, more = [], 0, True
         while more:
             message = await receive()
@@ -122,13 +129,14 @@ class BodyCap:
                 raise ServiceError("client_closed_request")
             chunks.append(message.get("body", b""))
             size += len(chunks[-1])
-            if size > self.limit:
-                raise self._too_large()
+            if size > limit:
+                raise _too_large(limit)
             more = message.get("more_body", False)
         return b"".join(chunks)
 
-    def _too_large(self) -> ServiceError:
-        return ServiceError("body_too_large", f"The body may have at most {self.limit} bytes.")
+
+def _too_large(limit: int) -> ServiceError:
+    return ServiceError("body_too_large", f"The body may have at most {limit} bytes.")
 
 
 def replaying(body: bytes, receive: Receive) -> Receive:

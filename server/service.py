@@ -7,6 +7,7 @@ happens to it can fail an answer. What was opted out, or not answered by `live`,
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import structlog
+from pydantic import BaseModel
 
+from servetune.adapters.conduct import Conduct
 from servetune.adapters.types import Query, Sampling
-from servetune.adapters.versions import version_name
+from servetune.adapters.versions import StoreError, UnknownVersion, version_name
 from servetune.clients.types import (
     Adaptation,
     AdapterRef,
@@ -33,7 +36,7 @@ from servetune.server.access import Access, Principal
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import QueryBuffer, Skipped
 from servetune.server.comparison import Comparison
-from servetune.server.engine import Outcome
+from servetune.server.engine import Engine, Outcome
 from servetune.server.errors import ServiceError
 from servetune.server.history import History
 from servetune.server.ids import new_id
@@ -49,6 +52,7 @@ log = structlog.get_logger("servetune.service")
 
 T = TypeVar("T")
 RECOGNITION_TOP_K = 5
+CANDIDATE = "candidate"
 ALWAYS_ADMITTED = 2  # requests, however slow the model is
 SPARE = 0.9  # share of the request's time that looking again may use up
 
@@ -105,10 +109,13 @@ class AnswerService:
         with self._admitted():
             async with asyncio.timeout(self._settings.request_timeout_s):
                 line, choice = await self._line(request, caller)
+                conduct = line.engine.conduct
+                request = _with_labels(request, conduct)
                 query = self._query(request, await self._images.read(images))
-                answering = line.engine.answer(query, sampling, choice, deadline, listen)
+                first = CANDIDATE if choice == "live" and _is_canary(conduct, request, images) else choice
+                answering = _answered(line.engine, query, sampling, (first, choice), deadline, listen)
                 answering = _traced(answering, line.name)
-                if reason := _why_not_kept(request, choice, opted_out):
+                if reason := _why_not_kept(request, choice, opted_out, conduct):
                     return await answering, skipped(reason)
                 keeping = self._keeper.keep(line.buffer, query, caller.id, request_id)
                 try:
@@ -124,6 +131,10 @@ class AnswerService:
     def start(self) -> None:
         """Be ready for the first request."""
         self._images.start()
+
+    async def read(self, images: Sequence[bytes | ImageInput]) -> tuple[Any, ...]:
+        """Images that come with no question, decoded as those of questions are. Raises ServiceError."""
+        return await self._images.read(images)
 
     async def drain(self) -> None:
         """Let running buffer writes end, for a few seconds, and take no more images."""
@@ -174,14 +185,13 @@ class AnswerService:
 
     def wire(self, request: AnswerRequest, caller: Principal, outcome: Outcome, adaptation: Adaptation) -> Answer:
         """What became of a request, in the words of the API."""
-        is_choice = request.candidate_labels is not None
-        kind = "label" if is_choice else "answer"
+        kind = "label" if request.is_choice else "answer"
         fields = {
             "id": self._receipts.write(caller.id, outcome.adapter, outcome.version, outcome.text),
             "created": int(time.time()),
             "model": self._engine.model_name,
             "adapter": _adapter(outcome),
-            "task": "recognition" if is_choice else "vqa",
+            "task": "recognition" if request.is_choice else "vqa",
             "answer": outcome.text,
             "confidence": outcome.confidence,
             "confidence_source": _confidence_source(request, outcome),
@@ -208,11 +218,58 @@ def _adapter(outcome: Outcome) -> AdapterRef:
     return AdapterRef(name=outcome.adapter, version=version, alias=outcome.alias, digest=outcome.digest)
 
 
-def _why_not_kept(request: AnswerRequest, choice: str, opted_out: bool) -> str | None:
-    """Only what `live` answers is learned from, and only with the client's consent."""
+def _with_labels(request: AnswerRequest, conduct: Conduct) -> AnswerRequest:
+    """A choice without labels is one among those of the adapter. Raises ServiceError where it has none."""
+    if not request.is_choice or request.candidate_labels is not None:
+        return request
+    if not conduct.labels:
+        rule = (
+            "task 'recognition' needs them: send them, or give the adapter labels (`servetune adapters settings`)"
+        )
+        raise ServiceError("invalid_request", f"candidate_labels: {rule}", param="candidate_labels")
+    return request.model_copy(update={"candidate_labels": list(conduct.labels)})
+
+
+async def _answered(
+    engine: Engine,
+    query: Query,
+    sampling: Sampling,
+    choices: tuple[str, str],
+    deadline: float | None,
+    listen: Callable[[str], None] | None,
+) -> Outcome:
+    """The answer of the first choice; of the second where the first is a candidate that cannot answer."""
+    first, choice = choices
+    if first != choice:
+        try:
+            return await engine.answer(query, sampling, first, deadline, listen)
+        except UnknownVersion:
+            pass  # nothing was accepted yet
+        except StoreError as error:
+            log.warning("candidate_not_served", adapter=engine.store.name, error=type(error).__name__)
+    return await engine.answer(query, sampling, choice, deadline, listen)
+
+
+def _is_canary(conduct: Conduct, request: AnswerRequest, images: Sequence[bytes | ImageInput]) -> bool:
+    """Whether the candidate answers: the same question about the same image always falls on the same side."""
+    if conduct.mode != "canary":
+        return False
+    digest = hashlib.blake2b(digest_size=8)
+    texts = [request.question or "", *(request.candidate_labels or ())]
+    for part in (*texts, *images):
+        content = part.model_dump_json() if isinstance(part, BaseModel) else part
+        digest.update(content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content)
+        digest.update(b"\0")
+    return int.from_bytes(digest.digest()) < conduct.canary_share * 2**64
+
+
+def _why_not_kept(request: AnswerRequest, choice: str, opted_out: bool, conduct: Conduct) -> str | None:
+    """Only what `live` answers, or a candidate in its place, is learned from, and only with consent."""
     if opted_out or not request.adapt:
         return "adapt_false"
-    return None if choice == "live" else "not_live"
+    if choice != "live":
+        return "not_live"
+    return None if conduct.learns else "mode_off"
 
 
 def _part(model: type[Result], outcome: Outcome) -> Result:
@@ -221,7 +278,7 @@ def _part(model: type[Result], outcome: Outcome) -> Result:
 
 
 def _sampling(request: AnswerRequest) -> Sampling:
-    default_top_k = RECOGNITION_TOP_K if request.candidate_labels else 1
+    default_top_k = RECOGNITION_TOP_K if request.is_choice else 1
     return Sampling(
         n=request.n,
         max_tokens=request.max_tokens,
@@ -242,7 +299,7 @@ def _adaptation(request: AnswerRequest, outcome: Outcome, kept: Adaptation) -> A
 def _confidence_source(request: AnswerRequest, outcome: Outcome) -> str:
     if outcome.views > 1:
         return "pooled_probability"
-    if request.candidate_labels is not None:
+    if request.is_choice:
         return "label_probability"
     return "vote_share" if request.n > 1 else "sequence_probability"
 

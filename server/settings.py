@@ -51,6 +51,7 @@ class Settings(BaseSettings):
     )
     admin_key: SecretStr | None = Field(None, description="default: the file admin.key in the home")
     max_body_bytes: int = Field(16_000_000, ge=1024)
+    max_import_bytes: int = Field(256 * 2**20, ge=1024, description="of an archive that an administrator imports")
     max_image_pixels: int = Field(50_000_000, ge=4096)
     max_image_side: int = Field(12_000, ge=64)
     decode_side: int = Field(2048, ge=64, description="longest side an image is decoded to, in pixels")
@@ -129,6 +130,10 @@ class Settings(BaseSettings):
     reset_after_queries: int | None = Field(
         None, ge=1, description="back to the base after so many learned queries; default: never"
     )
+    retain_recent: int = Field(
+        20, ge=0, description="newest versions of an adapter whose weights are kept, whatever they are; 0: all"
+    )
+    retain_best: int = Field(5, ge=0, description="versions kept beside them, the best by the gate's witnesses")
     flush_s: float = Field(5.0, ge=0, description="learn from an incomplete batch after waiting this long")
     lease_s: float = Field(30.0, gt=1)
     max_deliveries: int = Field(5, ge=1)

@@ -11,7 +11,7 @@ import gc
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import TypeVar
@@ -185,11 +185,21 @@ class Stage:
 
     async def _loaded(self, store: AdapterStore, version: int) -> Resident:
         slot = await self._free_slot(store.name)
+        hold = await asyncio.to_thread(store.hold, version)
         manifest = await asyncio.to_thread(store.manifest, version)
         weights = await asyncio.to_thread(store.weights, version)
         loading = self._loader.submit(self._load, slot, weights, manifest.probe, version)
         await asyncio.wrap_future(loading)
-        return Resident(store.name, version, slot, manifest.digest, manifest.temperature)
+        return Resident(store.name, version, slot, manifest.digest, manifest.temperature, hold)
+
+    async def examine(self, store: AdapterStore, weights: Mapping[str, Tensor]) -> tuple[float, ...]:
+        """What weights that are no version yet make of the probe, in a slot that is free again afterwards.
+
+        Raises QueueFull where every slot is leased, and ValueError where they do not fit the model.
+        """
+        async with self._loading:
+            slot = await self._free_slot(store.name)
+            return await asyncio.wrap_future(self._loader.submit(self._probed, slot, weights))
 
     async def _free_slot(self, adapter: str) -> str:
         """A slot that nobody uses or leases. One adapter takes no more than its part, however much it swaps."""
@@ -217,15 +227,25 @@ class Stage:
     def _load(self, slot: str, weights: Mapping[str, Tensor], probe: tuple[float, ...], version: int) -> None:
         """Fill a slot and make sure that it answers as it did where it was made."""
         try:
-            self.policy.load(slot, weights)
+            ours = self._probed(slot, weights)
         except ValueError as error:
             raise CorruptVersion(f"{version_name(version)}: {error}") from error
-        self.policy.use(slot)
-        ours, theirs = torch.tensor(self.policy.probe()), torch.tensor(probe)
-        if not torch.allclose(
-            ours, theirs, rtol=PROBE_TOLERANCE, atol=PROBE_TOLERANCE * float(theirs.abs().max())
-        ):
+        if not is_same_probe(ours, probe):
             raise CorruptVersion(f"{version_name(version)} does not answer its probe as it did when it was made")
+
+    def _probed(self, slot: str, weights: Mapping[str, Tensor]) -> tuple[float, ...]:
+        self.policy.load(slot, weights)
+        self.policy.use(slot)
+        return self.policy.probe()
+
+
+def is_same_probe(ours: Sequence[float], theirs: Sequence[float]) -> bool:
+    """Whether two probes are of the same weights on the same model, as far as machines differ."""
+    if len(ours) != len(theirs):
+        return False
+    made = torch.tensor(theirs)
+    atol = PROBE_TOLERANCE * float(made.abs().max())
+    return torch.allclose(torch.tensor(ours), made, rtol=PROBE_TOLERANCE, atol=atol)
 
 
 async def _ended(pool: ThreadPoolExecutor) -> None:

@@ -210,8 +210,8 @@ def mode(status: AdaptationStatus) -> str:
     """Whether it learns, in a word."""
     if not status.buffer.connected or status.worker.state == "degraded":
         return "degraded"
-    if status.paused:
-        return "paused"
+    if status.paused or status.mode == "off":
+        return "paused" if status.paused else "off"
     return status.worker.state if status.worker.state in ("absent", "waiting") else "learning"
 
 

@@ -24,12 +24,21 @@ from servetune.adapters.sharing import release_memory
 from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
-from servetune.adapters.versions import AliasMoved, CorruptVersion, Draft, ErasedQuery, version_name
+from servetune.adapters.versions import (
+    AliasMoved,
+    CorruptVersion,
+    Draft,
+    ErasedQuery,
+    StoreError,
+    version_name,
+)
 from servetune.clients.types import WorkerStatus
 from servetune.server import tracing
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
+from servetune.server.cipher import Unreadable
 from servetune.server.history import Record, silent, version_event
+from servetune.server.probes import ProbeSets, UnknownProbes
 from servetune.server.quiet import Wait
 from servetune.server.settings import Settings
 
@@ -93,7 +102,8 @@ class Worker:
         self._heard: set[str] = set()  # queries that had a say since the last version
         self._named: set[str] = set()  # those of them that an earlier version of this line names
         self._num_erased = self._store.erased()[0]
-        self._live = self._store.live()
+        self._probe_sets, self._probe_set = ProbeSets(store.folder, settings), 0
+        self._head = self._store.head()  # what learning goes on from
         self._follow()
 
     def turn(self, block_s: float = POLL_S) -> bool:
@@ -102,10 +112,11 @@ class Worker:
         Waits so long for a query to come. Returns whether there is more to do at once.
         """
         self._forget_erased()
-        if self._store.paused:
+        self._look_for_probes()
+        if self._store.paused or not self._store.conduct().learns:
             self._report("paused")
             return False
-        if self._adrift or self._store.live() != self._live:
+        if self._adrift or self._store.head() != self._head:
             self._give_back()
         batch = self._gather(block_s)
         busy = bool(batch) or self.learner.unfinished
@@ -264,6 +275,7 @@ class Worker:
         self._held = []
         self._first_step = self.learner.steps
         self._reset_when_due()
+        self._retain()
 
     def _judge(self, witnesses: Sequence[Lesson]) -> Verdict:
         """The gate's verdict on the candidate; one that went too far is tried at half its way, repeatedly.
@@ -299,12 +311,12 @@ class Worker:
                 weights=weights,
                 optimizer=moments,
                 origin="worker",
-                parent=self._live.version,
+                parent=self._head.version,
                 probe=self._policy.probe(),
                 temperature=verdict.metrics.get(
-                    "temperature", self._store.manifest(self._live.version).temperature
+                    "temperature", self._store.manifest(self._head.version).temperature
                 ),
-                generation=self._live.generation,
+                generation=self._head.generation,
                 step_range=(self._first_step + 1, self.learner.steps),
                 query_ids=query_ids,
                 metrics=self._status.last_step,
@@ -312,33 +324,42 @@ class Worker:
                 metadata={"traceparent": self._trace} if self._trace else {},
             )
         )
-        self._promote(made.version, self._live.generation)
+        self._establish(made.version, self._head.generation)
         self._policy.load(self._live_slot, weights)
         self.learner.accept()
         self._named = self.learner.remembered()
         self._heard.clear()
 
-    def _promote(self, version: int, generation: int) -> None:
-        self._live = self._store.promote(version, expected_generation=generation)
-        self._note_act("adapter_promoted", {"version": version_name(version)})
-        self._record("publish", version_event(self._store.manifest(version)))
-        log.info("published", adapter=self._store.name, version=version_name(version))
+    def _establish(self, version: int, generation: int) -> None:
+        """Make an accepted version live, or the candidate where the mode has it wait for the operator."""
+        waits = self._store.conduct().nominates
+        move, act = (
+            (self._store.nominate, "adapter_nominated") if waits else (self._store.promote, "adapter_promoted")
+        )
+        self._head = move(version, expected_generation=generation)
+        self._note_act(act, {"version": version_name(version)})
+        alias = {"alias": "candidate"} if waits else {}
+        self._record("publish", version_event(self._store.manifest(version)) | alias)
+        log.info("published", adapter=self._store.name, version=version_name(version), **alias)
 
     def _review(self, witnesses: Sequence[Lesson]) -> None:
         """After a refusal: does what is live still pass? Images change, and what was learned may not fit them."""
-        if self._live.version == BASE:
+        if self._head.version == BASE:
             return
         self.learner.propose()  # the candidate is what is live
         verdict = self._gate.judge(witnesses, convict=True)
         self.learner.proceed()
         if verdict.accepted:
             return
+        if self._head.version != self._store.live().version:
+            self._dismiss(verdict)
+            return
         target = self._store.aliases()["last-good"]
-        if target == self._live.version or not self._still_passes(target, witnesses):
+        if target == self._head.version or not self._still_passes(target, witnesses):
             target = BASE
         with suppress(AliasMoved):  # the operator's act wins
             # The same line goes on, so what is remembered of it stays.
-            self._live = self._store.rollback(target, self._live.generation)
+            self._head = self._store.rollback(target, self._head.generation)
             self._named.clear()
             details = {"to": version_name(target), "reasons": list(verdict.reasons)}
             self._note_act("adapter_rolled_back", details)
@@ -346,6 +367,16 @@ class Worker:
             log.warning(
                 "rolled_back", adapter=self._store.name, version=version_name(target), reasons=verdict.reasons
             )
+        self._follow()
+
+    def _dismiss(self, verdict: Verdict) -> None:
+        """Take back a candidate that no longer passes; nobody has promoted it."""
+        version = version_name(self._head.version)
+        self._store.dismiss(self._head.version)
+        self._note_act("candidate_dismissed", {"version": version, "reasons": list(verdict.reasons)})
+        self._record("dismiss", {"by": "worker", "version": version, "reasons": verdict.reasons})
+        log.warning("candidate_dismissed", adapter=self._store.name, version=version, reasons=verdict.reasons)
+        self._named.clear()
         self._follow()
 
     def _still_passes(self, version: int, witnesses: Sequence[Lesson]) -> bool:
@@ -364,36 +395,60 @@ class Worker:
         if due is None or self._store.num_learned() < due:
             return
         with suppress(AliasMoved):
-            made = self._store.reset(expected_generation=self._live.generation)
+            made = self._store.reset(expected_generation=self._head.generation)
             self._note_act("adapter_reset", {"version": version_name(made.version)})
             self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", adapter=self._store.name, version=version_name(made.version))
         self._follow()
 
+    def _retain(self) -> None:
+        """Delete the weights of versions that nobody would miss; what fails is tried again after the next one."""
+        try:
+            numbers = self._store.retain(self._settings.retain_recent, self._settings.retain_best)
+        except (StoreError, OSError) as error:
+            log.warning("retention_failed", adapter=self._store.name, error=type(error).__name__)
+            return
+        if gone := list(map(version_name, numbers)):
+            self._note_act("versions_retired", {"versions": gone})
+            self._record("retire", {"by": "worker", "versions": gone})
+            log.info("retired", adapter=self._store.name, versions=gone)
+
     def _finish_promotion(self) -> None:
-        """Promote what was published for the present `live` when a crash or a full disk came between."""
-        live, promoted = self._store.live(), set(self._store.promoted())
+        """Establish what was published for the present head when a crash or a full disk came between."""
+        head, accepted = self._store.head(), set(self._store.accepted())
         for version in reversed(self._store.versions()):
-            if version in promoted:
+            if version in accepted:
                 continue
             made = self._store.manifest(version)
-            if made.origin == "worker" and (made.parent, made.generation) == (live.version, live.generation):
-                self._promote(version, live.generation)
+            if made.origin == "worker" and (made.parent, made.generation) == (head.version, head.generation):
+                self._establish(version, head.generation)
                 return
 
     def _follow(self) -> None:
         """Continue from what is live now, with its optimizer where it was kept."""
         self._finish_promotion()
-        live = self._store.live()
-        if live != self._live:
+        head = self._store.head()
+        if head != self._head:
             self.learner.forget()  # what another line was taught is no part of this one
-        self._live = live
-        weights = self._store.weights(live.version)
+        self._head = head
+        weights = self._store.weights(head.version)
         self._policy.load(self._live_slot, weights)
-        gate = self._store.manifest(live.version).gate or {"metrics": {}}
-        self.learner.load(weights, self._store.optimizer(live.version), gate["metrics"].get("share"))
+        gate = self._store.manifest(head.version).gate or {"metrics": {}}
+        self.learner.load(weights, self._store.optimizer(head.version), gate["metrics"].get("share"))
         self._heard.clear()
         self._first_step = self.learner.steps
+
+    def _look_for_probes(self) -> None:
+        """Let the gate judge by the probe set that counts now; one that does not read is as none."""
+        if (newest := self._probe_sets.newest()) == self._probe_set:
+            return
+        self._probe_set = newest
+        try:
+            probes = self._probe_sets.read(newest) if newest else []
+        except (Unreadable, UnknownProbes) as error:
+            log.warning("probes_unreadable", adapter=self._store.name, error=type(error).__name__)
+            probes = []
+        self._gate.set_probes(probes, newest)
 
     def _forget_erased(self) -> None:
         """Drop the candidate, the memory and the caches of queries that were erased since the last turn."""
@@ -446,7 +501,7 @@ class Worker:
         self._record("step", {"step": self.learner.steps, "seconds": round(seconds, 4), **numbers})
 
     def _report(self, state: str, why: Wait | None = None) -> None:
-        update: dict[str, Any] = {"state": state, "error": None, "version": version_name(self._live.version)}
+        update: dict[str, Any] = {"state": state, "error": None, "version": version_name(self._head.version)}
         update |= {
             "waits_for": why and why.reason,
             "waits_until": why and why.until,

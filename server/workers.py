@@ -19,6 +19,7 @@ from typing import Any
 import structlog
 
 from servetune.adapters.policy import Policy
+from servetune.adapters.store import AdapterStore
 from servetune.adapters.versions import StoreError
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, QueryStream
@@ -130,7 +131,7 @@ class Workers:
             self._look_at = time.monotonic() + RETRY_S
             return
         for name in sorted(wanting, key=lambda name: self._left.get(name, 0.0)):
-            if not self._stores.at(name).paused:
+            if _learns(self._stores.at(name)):
                 self._try(name)
 
     @property
@@ -209,6 +210,14 @@ class Workers:
         finally:
             done.set()
             keeper.join()
+
+
+def _learns(store: AdapterStore) -> bool:
+    """Whether an adapter is to learn at all; of a damaged one its worker says what is wrong."""
+    try:
+        return not store.paused and store.conduct().learns
+    except StoreError:
+        return True
 
 
 def yield_to_serving() -> None:

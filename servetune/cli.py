@@ -24,16 +24,19 @@ from servetune import render, watching
 from servetune.clients import (
     AdaptationStatus,
     AdapterInfo,
+    AdapterSettings,
     Answer,
     AuditEntry,
     Client,
     Erased,
     Feedback,
+    ProbeSetInfo,
     Review,
     VersionDiff,
     VersionInfo,
 )
 from servetune.clients.client import DEFAULT_BASE_URL
+from servetune.clients.types import Mode
 from servetune.connect import (
     REFUSED,
     USAGE,
@@ -84,6 +87,8 @@ adapters = typer.Typer(
     help="Versions of an adapter: look at them, keep, move and export them.", epilog=VERSIONS, **SETTINGS
 )
 app.add_typer(adapters, name="adapters")
+probes = typer.Typer(help="Labelled questions that the gate judges by, and nothing learns from.", **SETTINGS)
+adapters.add_typer(probes, name="probes")
 
 
 class Adapt(StrEnum):
@@ -496,7 +501,10 @@ Example:
 def recognize(
     client: Client,
     image: ImageArgument,
-    labels: Annotated[list[str], typer.Option("--label", "-l", help="Give it at least twice.")],
+    labels: Annotated[
+        list[str] | None,
+        typer.Option("--label", "-l", help="Give it at least twice; by default the adapter's labels."),
+    ] = None,
     question: Annotated[str | None, typer.Option(help="Instead of the default one.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Candidates to return.")] = None,
     adapter: ChoiceOption = None,
@@ -507,7 +515,7 @@ def recognize(
     """Choose one of the labels for an image."""
     return client.recognize(
         _image(image),
-        labels,
+        labels or None,
         question=question,
         top_k=top_k,
         adapter=adapter,
@@ -564,6 +572,24 @@ def show(client: Client, name: Annotated[str, typer.Argument()] = "default") -> 
 def versions(client: Client, name: Annotated[str, typer.Argument()] = "default") -> list[VersionInfo]:
     """All versions."""
     return list(client.adapters.versions(name))
+
+
+@command(adapters)
+def settings(
+    client: Client,
+    mode: Annotated[Mode | None, typer.Option(help="off, observe, canary or live.")] = None,
+    canary_share: Annotated[float | None, typer.Option(help="Of requests that the candidate answers.")] = None,
+    labels: Annotated[
+        list[str] | None, typer.Option("--label", "-l", help="To choose from where a request names none.")
+    ] = None,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="Every request names its own.")] = False,
+    name: NameOption = "default",
+) -> AdapterSettings:
+    """How an adapter behaves: show it, or change what is given."""
+    if mode is None and canary_share is None and not labels and not no_labels:
+        return client.adapters.settings(name)
+    chosen = [] if no_labels else labels or None
+    return client.adapters.configure(name, mode=mode, canary_share=canary_share, labels=chosen)
 
 
 @command(adapters)
@@ -658,6 +684,55 @@ def review(
 ) -> Review:
     """Is the one better than the other, by what was judged on the live page so far?"""
     return client.adapters.review(old, new, name)
+
+
+@command(adapters, "import")
+def import_adapter(
+    client: Client,
+    path: Annotated[Path, typer.Argument(help="A folder that PEFT or `export` made, or a tar of one.")],
+    promote: Annotated[bool, typer.Option("--promote", help="Also make it live.")] = False,
+    name: NameOption = "default",
+) -> VersionInfo:
+    """Publish an adapter from elsewhere as a version of its own."""
+    return client.adapters.import_adapter(path, name, promote=promote)
+
+
+@command(adapters)
+def pin(client: Client, version: VersionArgument, name: NameOption = "default") -> VersionInfo:
+    """Keep the weights of a version, whatever retention would do with them."""
+    return client.adapters.pin(version, name)
+
+
+@command(adapters)
+def unpin(client: Client, version: VersionArgument, name: NameOption = "default") -> VersionInfo:
+    """Leave the weights of a version to retention again."""
+    return client.adapters.unpin(version, name)
+
+
+@command(probes, "upload")
+def upload_probes(
+    client: Client,
+    path: Annotated[Path, typer.Argument(help="JSONL: image, answer, and question or candidate_labels.")],
+    name: NameOption = "default",
+) -> ProbeSetInfo:
+    """Give the gate a new set of labelled questions."""
+    return client.adapters.upload_probes(path, name)
+
+
+@command(probes, "list")
+def list_probes(client: Client, name: NameOption = "default") -> list[ProbeSetInfo]:
+    """The sets that are there; the gate judges by the newest."""
+    return client.adapters.probe_sets(name)
+
+
+@command(probes, "remove")
+def remove_probes(
+    client: Client,
+    version: Annotated[str, typer.Argument(help="A set: p0001.")],
+    name: NameOption = "default",
+) -> list[ProbeSetInfo]:
+    """Erase a set; the newest that is left counts."""
+    return client.adapters.remove_probes(version, name)
 
 
 # --- adaptation --------------------------------------------------------------------------------------

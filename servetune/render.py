@@ -22,7 +22,18 @@ from servetune.evals.findings import Report
 
 COLUMNS: dict[type[BaseModel], tuple[str, ...]] = {
     AdapterInfo: ("name", "live", "serving", "generation", "num_versions", "aliases"),
-    VersionInfo: ("version", "servable", "parent", "origin", "label", "created", "num_queries", "metrics"),
+    VersionInfo: (
+        "version",
+        "servable",
+        "parent",
+        "origin",
+        "label",
+        "created",
+        "num_queries",
+        "pinned",
+        "retired",
+        "metrics",
+    ),
     AuditEntry: ("timestamp", "event", "actor", "request_id", "details"),
 }
 MOMENTS = frozenset({"created", "timestamp", "waits_until"})

@@ -17,6 +17,7 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, Manifest, version_name
@@ -47,6 +48,7 @@ class FakeEngine:
     def __init__(self, store: AdapterStore) -> None:
         self.store = store
         self.serving = store.live().version
+        self.conduct = store.conduct()
         self.is_ready = True
         self.text: str | None = "a thing"
         self.texts: dict[int, str | None] = {}  # of versions that answer otherwise
@@ -80,12 +82,17 @@ class FakeEngine:
 
     async def refresh(self) -> int:
         before, self.serving = self.serving, self.store.live().version
+        self.conduct = self.store.conduct()
         if before != self.serving:
             self.on_swap(Swap(self.serving, before, 0.02))
         return self.serving
 
     async def forget(self, versions: Collection[int]) -> None:
         self.forgotten.append(tuple(versions))
+
+    async def examine(self, parcel: Parcel) -> Draft:
+        self.store.check(parcel)
+        return parcel.draft((0.0,))
 
     def residency(self) -> tuple[list[int], dict[int, int]]:
         return sorted({0, self.serving}), {self.serving: 1}
@@ -300,7 +307,7 @@ def place(id: str) -> tuple[int, int]:
 
 ZERO: Any = (
     {"layer.lora_A.weight": torch.zeros(2, 2)},
-    {"r": 2, "target_modules": "all"},
+    {"r": 2, "lora_alpha": 4, "target_modules": "all", "peft_type": "LORA"},
     "sha256:base",
     (0.0,),
 )

@@ -82,7 +82,7 @@ def test_every_route_declares_one_scope(tmp_path: Path) -> None:
     assert {path for path, declared in scopes.items() if declared == {"open"}} == OPEN
     admin = {path for path, declared in scopes.items() if declared == {"admin"}}
     assert admin == {path for path in scopes if path.startswith(("/v1/adap", "/v1/audit"))} - HISTORY
-    assert len(admin) == 18
+    assert len(admin) == 24
     assert {path for path in HISTORY | {"/metrics"} if scopes[path] == {"user"}} == HISTORY | {"/metrics"}
 
 
@@ -116,6 +116,9 @@ def paths(world: World) -> list[tuple[str, str]]:
         "erase",
         "judge",
         "feedback",
+        "pin",
+        "import",
+        "remove",
     )
     return [("POST" if path.endswith(acts) else "GET", path) for path in filled]
 
@@ -138,7 +141,7 @@ async def test_a_user_key_opens_no_admin_route_and_the_attempt_is_audited(keyed:
         assert (await keyed.client.request(method, path, headers=USER)).status_code == 403
     entries, _ = keyed.audit.page(limit=100)
     assert {(entry.event, entry.actor) for entry in entries} == {("access_refused", "stu_somebody")}
-    assert len(entries) == len(tried) == 19
+    assert len(entries) == len(tried) == 27
     assert USER_KEY.partition(".")[2] not in keyed.audit.path.read_text()
 
 

@@ -209,6 +209,46 @@ async def test_erasing_takes_queries_out_of_everything(world: World) -> None:
     assert refused(await post(world, "/v1/adaptation/erase", {"query_ids": []})) == (422, "invalid_request")
 
 
+async def test_a_version_is_pinned_and_unpinned(world: World) -> None:
+    path = f"{ADAPTER}/versions/last-good"
+    made = VersionInfo.model_validate_json((await post(world, f"{path}/pin")).text)
+    assert (made.version, made.pinned, made.retired) == ("v0001", True, False)
+    assert (newest(world).event, newest(world).details) == (
+        "adapter_pinned",
+        {"adapter": "default", "version": "last-good"},
+    )
+    listed = (await world.client.get(f"{ADAPTER}/versions")).json()["data"]
+    assert [row["version"] for row in listed if row["pinned"]] == ["v0001"]
+    assert (await post(world, f"{path}/unpin")).json()["pinned"] is False
+    assert world.store.pinned() == []
+    assert [(event.kind, event.data) for event in world.history.events] == [
+        ("pin", {"by": "operator", "version": "v0001"}),
+        ("unpin", {"by": "operator", "version": "v0001"}),
+    ]
+    assert refused(await post(world, f"{ADAPTER}/versions/v0042/pin")) == (404, "adapter_not_found")
+    assert newest(world).details["refused"] == "adapter_not_found"
+
+
+async def test_a_version_whose_weights_are_gone_is_listed_and_refused(world: World) -> None:
+    world.store.promote(learn(world.store, 3.0).version)
+    assert world.store.retain(recent=1, best=0) == [1]
+    assert (await world.client.get(f"{ADAPTER}/versions/v0001")).json()["retired"] is True
+    for act, body in (
+        ("promote", {"version": "v0001"}),
+        ("rollback", {"to": "v0001"}),
+        ("reset", {"to": "v0001"}),
+    ):
+        reply = await post(world, f"{ADAPTER}/{act}", body)
+        assert refused(reply) == (409, "version_retired")
+        assert "import an export" in reply.json()["detail"]
+    for reply in (
+        await world.client.get(f"{ADAPTER}/versions/v0001/export"),
+        await post(world, f"{ADAPTER}/versions/v0001/pin"),
+    ):
+        assert refused(reply) == (409, "version_retired")
+    assert world.store.live().version == 3
+
+
 async def test_learning_is_paused_and_resumed(world: World) -> None:
     assert (await post(world, "/v1/adaptation/pause")).json()["paused"] is True
     assert world.store.paused

@@ -97,6 +97,7 @@ DIFF = {
     "answers": [{"query_id": "q_1", "question": "what [red]is it?", "old": "a cat", "new": None}],
 }
 FEEDBACK = {"id": "ans_1", "adapter": "default", "version": "v0007", "correct": False}
+PROBES = {"version": "p0001", "created": 1.0, "num_probes": 2, "active": True}
 AUDIT = [{"timestamp": 1.0, "event": f"event_{i}", "actor": "admin"} for i in range(3)]
 
 
@@ -126,6 +127,12 @@ def reply(request):
         "review": REVIEW,
         "diff": DIFF,
         "feedback": FEEDBACK,
+        "pin": VERSION,
+        "probes": {"data": [PROBES]},
+        "remove": {"data": [PROBES]},
+        "settings": {"mode": "live", "canary_share": 0.1, "labels": []},
+        "import": VERSION,
+        "unpin": VERSION,
     }
     body = bodies.get(path) or bodies.get(path.rpartition("/")[2])
     if path == "/v1/adapters" and request.method == "POST":
@@ -184,6 +191,12 @@ COMMANDS = [
     "adapters review",
     "feedback ans_1 --wrong",
     "feedback ans_1 --answer cat",
+    "adapters pin v0001",
+    "adapters probes list",
+    "adapters probes remove p0001",
+    "adapters settings",
+    "adapters settings --mode canary --canary-share 0.2 -l cat -l dog",
+    "adapters unpin v0001",
     "status",
     "status --name camera-7",
     "config",
@@ -205,6 +218,17 @@ def test_every_command_gives_one_json_document_or_something_to_read(server, home
     read = run(*line.format(home=home / "again").split())
     assert read.exit_code == 0, read.output
     assert read.stdout.strip()
+
+
+def test_an_adapter_is_imported_from_a_folder(server, tmp_path):
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / name).write_text("{}")
+    result = run("adapters", "import", tmp_path, "--promote", "-o", "json")
+    assert result.exit_code == 0, result.output
+    [request] = server
+    assert str(request.url).endswith("/v1/adapters/default/import?promote=true")
+    with tarfile.open(fileobj=io.BytesIO(request.content), mode="r:") as archive:
+        assert archive.getnames() == ["adapter_config.json", "adapter_model.safetensors"]
 
 
 def test_an_answer_is_shown_with_its_confidence_and_without_its_tricks(server, image):
@@ -321,6 +345,7 @@ def test_a_refusal_is_one_line_with_code_and_request_id(server):
         ("status --base-url http://box:port", "base_url cannot be read"),
         ("adapters snapshot keep -m nothing", "KEY=VALUE"),
         ("adapters export v0001 {home}", "exists already"),
+        ("adapters import {home}/nothing", "lacks adapter_config.json"),
         ("answer", "Missing argument"),
         ("status -o xml", "xml"),
         ("feedback ans_1", "say whether it was correct"),

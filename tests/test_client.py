@@ -61,6 +61,7 @@ ADAPTER = {
     "resident": [],
     "leases": {},
 }
+SETTINGS = {"mode": "canary", "canary_share": 0.1, "labels": []}
 ERASED = {"withdrawn": 0, "dropped": ["v0007"], "live": "v0006", "serving": "v0006"}
 STATUS = {
     "adapter": "default",
@@ -242,6 +243,16 @@ def test_the_environment_names_server_and_keys(monkeypatch, ask):
             {"to": "base", "purge_buffer": True},
             VERSION,
         ),
+        (lambda c: c.adapters.settings(), "GET", "/v1/adapters/default/settings", None, SETTINGS),
+        (
+            lambda c: c.adapters.configure("x", mode="canary", labels=[]),
+            "PATCH",
+            "/v1/adapters/x/settings",
+            {"mode": "canary", "labels": []},
+            SETTINGS,
+        ),
+        (lambda c: c.adapters.pin(7), "POST", "/v1/adapters/default/versions/v0007/pin", {}, VERSION),
+        (lambda c: c.adapters.unpin("a"), "POST", "/v1/adapters/default/versions/a/unpin", {}, VERSION),
         (lambda c: c.adaptation.pause(), "POST", "/v1/adaptation/pause", {}, STATUS),
         (lambda c: c.adaptation.erase(["q_1"]), "POST", "/v1/adaptation/erase", {"query_ids": ["q_1"]}, ERASED),
         (lambda c: c.adaptation.resume(), "POST", "/v1/adaptation/resume", {}, STATUS),
@@ -253,7 +264,8 @@ def test_admin_calls(ask, do, method, path, body, reply):
     [request] = server.requests
     assert (request.method, request.url.raw_path.decode()) == (method, path)
     assert (json.loads(request.content) if body is not None else None) == body
-    assert result.model_dump(exclude_unset=True).items() >= {"version": "v0001"}.items() or result.live
+    told = result.model_dump(exclude_unset=True)
+    assert told == SETTINGS or told.items() >= {"version": "v0001"}.items() or result.live
 
 
 def test_listings_go_through_all_pages(ask):

@@ -20,7 +20,7 @@ from servetune.adapters.looks import NUM_ROLLOUTS, Look, Looks
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
-from servetune.adapters.versions import Draft, UnknownVersion, version_name
+from servetune.adapters.versions import Draft, RetiredVersion, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
 from servetune.server.answering import LET_OTHERS_IN, Answering
 from servetune.server.engine import Engine, Outcome, Swap
@@ -75,6 +75,18 @@ def publish(
     maker.load("candidate", weights)
     draft = Draft(weights, "worker", 0, probe or maker.probe(), temperature=temperature)
     return store.publish(draft).version
+
+
+async def test_retention_spares_what_is_loaded(engine: Engine, policy: Policy, store: AdapterStore) -> None:
+    """A version with a slot can be leased at any time; one without is refused once its weights are gone."""
+    numbers = [publish(policy, store, seed) for seed in range(3)]
+    await engine.answer(query(labels=LABELS), Sampling(), version_name(numbers[0]))
+    assert store.retain(recent=1, best=0) == [numbers[1]]
+    assert (await engine.answer(query(labels=LABELS), Sampling(), version_name(numbers[0]))).version == numbers[0]
+    with pytest.raises(RetiredVersion):
+        await engine.answer(query(labels=LABELS), Sampling(), version_name(numbers[1]))
+    await engine.forget([numbers[0]])
+    assert store.retain(recent=1, best=0) == [numbers[0]]
 
 
 def count_turns(monkeypatch: pytest.MonkeyPatch) -> list[int]:

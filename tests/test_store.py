@@ -25,6 +25,7 @@ from servetune.adapters.versions import (
     Erasure,
     ForeignStore,
     NameTaken,
+    RetiredVersion,
     StoreBusy,
     StoreError,
     UnknownVersion,
@@ -296,6 +297,141 @@ def test_an_erasure_that_was_cut_short_is_finished(tmp_path: Path, monkeypatch: 
     assert opened(tmp_path).versions() == [0]
 
 
+# --- pins and retention ------------------------------------------------------------------------------
+
+
+def witnessed(figure: float) -> dict[str, object]:
+    return {"accepted": True, "metrics": {"witness_base": figure}}
+
+
+def grown(root: Path, figures: dict[int, float] | None = None, upto: int = 8) -> AdapterStore:
+    """A line of versions that learned one after the other, each with an optimizer state; the last one is live."""
+    store = opened(root)
+    for number in range(1, upto + 1):
+        gate = witnessed(figures[number]) if figures and number in figures else None
+        story = {"gate": gate, "optimizer": {"step:a": torch.tensor(1.0)}, "query_ids": (f"q{number}",)}
+        store.promote(store.publish(replace(draft(float(number), **story), parent=number - 1)).version)
+    return store
+
+
+def with_weights(store: AdapterStore) -> list[int]:
+    return [n for n in store.versions() if (store.folder / f"v{n:04d}" / store_module.WEIGHTS).exists()]
+
+
+def test_retention_keeps_the_recent_the_best_and_what_somebody_wants(tmp_path: Path) -> None:
+    store = grown(tmp_path, {1: 0.1, 2: 0.9, 3: 0.5, 5: 0.4})
+    store.pin(4)
+    assert store.retain(recent=1, best=2) == [1, 5, 6]
+    # 0 is the base; 2 and 3 are the best; 4 is pinned; 7 is last-good and what live came from; 8 is live.
+    assert with_weights(store) == [0, 2, 3, 4, 7, 8]
+    assert store.versions() == list(range(9)), "manifests stay"
+    assert (store.retired(), store.pinned()) == ([1, 5, 6], [4])
+    assert store.manifest(5).query_ids == ("q5",)
+    assert store.learned_from({"q5", "q9"}) == {"q5"}
+    assert not (store.folder / "v0005" / store_module.OPTIMIZER).exists()
+    assert store.optimizer(8), "learning goes on from here"
+    assert store.retain(recent=1, best=2) == []
+    store.unpin(4)
+    assert store.retain(recent=1, best=2) == [4]
+    assert store.retain(recent=0, best=0) == [], "0 keeps all"
+
+
+def test_what_is_retired_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    store = grown(tmp_path, upto=4)
+    store.retain(recent=1, best=0)
+    assert store.retired() == [1, 2]
+    refusals = (store.weights, store.optimizer, store.promote, store.rollback, store.reset, store.pin, store.hold)
+    for refuse in (*refusals, lambda version: next(store.export(version))):
+        with pytest.raises(RetiredVersion, match="v0001: choose a version that has them, or import an export"):
+            refuse(1)  # type: ignore[operator]
+    assert store.live().version == 4
+
+
+def test_labels_keep_their_versions(tmp_path: Path) -> None:
+    store = grown(tmp_path, upto=2)
+    store.rollback(1)
+    kept = store.snapshot("kept").version
+    for number in (5, 6, 7):
+        store.promote(store.publish(draft(float(number))).version)
+    assert store.retain(recent=1, best=0) == [1, 2, 4]
+    assert store.weights(store.resolve("kept"))
+    assert kept == 3
+
+
+def test_erasing_goes_back_past_what_is_retired(tmp_path: Path) -> None:
+    store = grown(tmp_path, upto=6)
+    store.pin(2)
+    assert store.retain(recent=1, best=0) == [1, 3, 4]
+    assert store.erase(["q5"]).live.version == 2
+    assert (store.pinned(), store.retired()) == ([2], [1, 3, 4])
+
+
+@pytest.mark.parametrize("files", [0, 1, 2])
+def test_a_retention_that_was_cut_short_is_finished(
+    files: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after so many files were deleted: what is half there is never loaded, and goes at the next start."""
+    store, left, unlink = grown(tmp_path, upto=4), [files], Path.unlink
+
+    def dying(path: Path, missing_ok: bool = False) -> None:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        unlink(path, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            store.retain(recent=1, best=0)
+    assert len(list(store.folder.glob("v*/optimizer.safetensors"))) == 4 - min(files, 1)
+    again = AdapterStore(tmp_path)
+    for version in (1, 2):
+        for refuse in (again.weights, again.promote):
+            with pytest.raises(RetiredVersion):
+                refuse(version)
+    assert with_weights(opened(tmp_path)) == [0, 3, 4]
+    assert (again.live().version, again.retired()) == (4, [1, 2])
+
+
+def test_nothing_is_deleted_before_it_is_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = grown(tmp_path, upto=4)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStore, "_write_aliases", die)
+        with pytest.raises(KeyboardInterrupt):
+            store.retain(recent=1, best=0)
+    assert with_weights(opened(tmp_path)) == [0, 1, 2, 3, 4]
+
+
+def test_what_is_in_use_is_kept_until_it_is_not(tmp_path: Path) -> None:
+    store = grown(tmp_path, upto=4)
+    hold = store.hold(1)
+    assert AdapterStore(tmp_path).retain(recent=1, best=0) == [2]
+    assert store.weights(1)
+    del hold  # nobody refers to it any more
+    assert store.retain(recent=1, best=0) == [1]
+
+
+def test_a_damaged_version_does_not_stop_retention(tmp_path: Path) -> None:
+    store = grown(tmp_path, upto=4)
+    (store.folder / "v0001" / "manifest.json").write_text("{")
+    assert store.retain(recent=1, best=0) == [2]
+
+
+def test_what_has_no_weights_is_not_pinned(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    with pytest.raises(UnknownVersion):
+        store.pin(7)
+    assert store.pin(0) == store.live()
+    store.pin(0)
+    assert store.pinned() == [0]
+    store.unpin(0)
+    assert store.pinned() == []
+
+
 def test_pause_outlives_the_process(tmp_path: Path) -> None:
     opened(tmp_path).set_paused(True)
     assert opened(tmp_path).paused
@@ -332,6 +468,8 @@ def test_errors_have_stable_codes() -> None:
         "adapter_incompatible",
         "query_erased",
         "store_busy",
+        "version_retired",
+        "adapter_unfit",
     }
 
 

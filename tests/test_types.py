@@ -42,7 +42,7 @@ def test_an_image_has_three_forms(image):
         ({"image": IMAGE, "candidate_labels": ["a"]}, "at least 2 items"),
         ({"image": IMAGE, "candidate_labels": ["a", " a "]}, "must be unique"),
         ({"image": IMAGE, "candidate_labels": ["a", "b"], "task": "vqa"}, "takes no"),
-        ({"image": IMAGE, "question": "q", "task": "recognition"}, "needs 'candidate_labels'"),
+        ({"image": IMAGE, "task": "recognition", "n": 4}, "'n' is for VQA"),
         ({"image": IMAGE, "candidate_labels": ["a", "b"], "n": 4}, "'n' is for VQA"),
         ({"image": IMAGE, "question": "q", "n": 4}, "needs a 'temperature'"),
         ({"image": IMAGE, "candidate_labels": ["a", "b"], "stream": True}, "'stream' is for one open answer"),

@@ -133,6 +133,23 @@ async def test_a_turn_learns_publishes_and_settles(
     assert made.metrics["informative"] == BATCH
 
 
+async def test_weights_that_nobody_would_miss_are_deleted(
+    settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey
+) -> None:
+    told: list[str] = []
+    few = settings.model_copy(update={"retain_recent": 1, "retain_best": 0})
+    with at_work(few, policy, store, valkey.url, lambda kind, data: told.append(kind)) as worker:
+        for start in range(0, 4 * BATCH, BATCH):
+            await ask(settings, valkey.url, start=start)
+            worker.turn()
+    assert (store.live().version, store.retired()) == (4, [1, 2])
+    assert told.count("retire") == 2
+    entries = AuditLog(settings.path("audit.jsonl")).page()[0]
+    retired = [entry.details["versions"] for entry in entries if entry.event == "versions_retired"]
+    assert retired == [["v0002"], ["v0001"]]
+    assert await ledger(settings, valkey.url) == {"trained": 4 * BATCH}
+
+
 async def test_it_tells_what_it_does_and_nothing_that_was_asked(
     settings: Settings,
     policy: Policy,

@@ -78,6 +78,15 @@ export class Acts {
     this.tell(`Kept as ${made.version}, “${made.label}”.`);
   }
 
+  /** Pin a version, or unpin one that is: the choice says which are. */
+  async pin() {
+    const choice = await this.versions();
+    if (!(await confirmed("Pin a version?", "Its weights stay, however many versions come after it. One that is pinned already is unpinned.", "Pin or unpin", field("Version", choice)))) return;
+    const pinned = choice.selectedOptions[0].dataset.pinned === "true";
+    const said = await this.setPinned(choice.value, !pinned);
+    this.tell(said, () => this.setPinned(choice.value, pinned));
+  }
+
   async promote() {
     const [before, choice] = await Promise.all([admin(this.line), this.versions()]);
     if (!(await confirmed("Serve another version?", `${before.live} is live now. The version it leaves becomes last-good.`, "Promote", field("Version", choice)))) return;
@@ -110,6 +119,11 @@ export class Acts {
     this.pausedIs(status.paused);
   }
 
+  async setPinned(version, pinned) {
+    const made = await admin(`${this.line}/versions/${version}/${pinned ? "pin" : "unpin"}`, { method: "POST", body: {} });
+    return `${made.version} is ${made.pinned ? "pinned" : "no longer pinned"}.`;
+  }
+
   /** Say that `live` moved, and offer to move it back as long as nobody else has moved it. */
   moved(text, back, generation) {
     this.tell(text, async () => {
@@ -118,9 +132,10 @@ export class Acts {
     });
   }
 
+  /** A choice among the versions that can be served. */
   async versions(first) {
     const { data } = await admin(`${this.line}/versions?limit=100`);
-    const options = data.map((each) => el("option", { value: each.version }, `${each.version} · ${each.label ?? each.origin} · ${moment(each.created)}`));
+    const options = data.filter((each) => !each.retired).map((each) => el("option", { value: each.version, "data-pinned": String(each.pinned) }, `${each.version} · ${each.label ?? each.origin}${each.pinned ? " · pinned" : ""} · ${moment(each.created)}`));
     return el("select", {}, first ? el("option", { value: first }, first) : null, options);
   }
 

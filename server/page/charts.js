@@ -22,6 +22,7 @@ export const LEARNING = [
 ];
 
 const GATE = { key: "gate", title: "Gate", levels: true };
+const PROBES = { key: "probes", title: "Right on probes", show: percent, low: 0, high: 1 };
 const SERVED = { key: "served", title: "Version served", counts: true, stepped: true, show: version };
 
 export const SERVING = [
@@ -184,7 +185,7 @@ class Group {
 /** What the learner told: steps as rows, verdicts between them. */
 export class LearningCharts extends Group {
   constructor(parent, axis) {
-    super(parent, [...LEARNING, GATE, SERVED], "learning", (time) => this.places(time));
+    super(parent, [...LEARNING, GATE, PROBES, SERVED], "learning", (time) => this.places(time));
     this.axis = axis;
     this.clear();
   }
@@ -222,7 +223,7 @@ export class LearningCharts extends Group {
   /** Anything else than a step, in its place among them. */
   event({ kind, time, data }) {
     const after = this.before(time);
-    if (kind === "verdict") this.verdicts.push({ time, step: after, level: data.accepted ? 2 : data.early ? 1 : 0 });
+    if (kind === "verdict") this.verdicts.push({ time, step: after, level: data.accepted ? 2 : data.early ? 1 : 0, probes: data.metrics?.probe_accuracy ?? null });
     else if (LINES.has(kind)) this.lines.push({ time, step: after });
     else if (kind === "swap" && !data.refused) {
       const [now, previous] = [data.version, data.previous].map((name) => Number(name.slice(1)));
@@ -249,7 +250,7 @@ export class LearningCharts extends Group {
   draw() {
     const time = this.axis() === "time";
     const x = apart(time ? this.columns.time : this.columns.step);
-    const data = { gate: this.gate(x, time), served: this.versions(x, time) };
+    const data = { gate: this.gate(x, time), probes: this.probes(time), served: this.versions(x, time) };
     for (const chart of this.charts) chart.draw(data[chart.spec.key] ?? [x, this.columns[chart.spec.key]], time);
   }
 
@@ -259,6 +260,12 @@ export class LearningCharts extends Group {
     const places = this.verdicts.map((each) => (time ? each.time : each.step));
     const column = (level) => this.verdicts.map((each) => (each.level === level ? level : null));
     return [apart([Math.min(x[0], ...places), ...places, x.at(-1)]), ...LEVELS.map((_, level) => [null, ...column(level), null])];
+  }
+
+  /** What share of the operator's probes candidates answered rightly, at their verdicts. */
+  probes(time) {
+    const tried = this.verdicts.filter((each) => each.probes !== null);
+    return [apart(tried.map((each) => (time ? each.time : each.step))), tried.map((each) => each.probes)];
   }
 
   /** What was served, up to the last step. */

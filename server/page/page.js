@@ -8,7 +8,14 @@ import { $, duration, durations, el, number, percent, say } from "./dom.js";
 import { Review } from "./review.js";
 import { Timeline } from "./timeline.js";
 
-const MODES = { learning: "learning", paused: "paused", waiting: "waiting", absent: "no worker", degraded: "degraded" };
+const MODES = {
+  learning: "learning",
+  paused: "paused",
+  off: "off",
+  waiting: "waiting",
+  absent: "no worker",
+  degraded: "degraded",
+};
 const CONNECTION = { live: "live", lost: "reconnecting…", locked: "a key is needed", missing: "no such adapter" };
 const ROWS = 20;
 

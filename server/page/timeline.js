@@ -11,7 +11,7 @@ const ENDS_IN_SWAP = new Set(["publish", "promote", "rollback", "reset"]);
 function words({ kind, data }) {
   const by = data.by === "worker" ? "by the worker" : "by an operator";
   switch (kind) {
-    case "publish": return [`${data.version} published`, `${data.num_queries} queries, from ${data.parent ?? "the base"}`];
+    case "publish": return [`${data.version} published${data.alias ? ` as ${data.alias}` : ""}`, `${data.num_queries} queries, from ${data.parent ?? "the base"}`];
     case "swap": return data.refused ? [`${data.version} not served`, data.refused] : [`${data.version} served`, `after ${data.previous}`];
     case "snapshot": return [`${data.version} kept`, `snapshot “${data.label}”`];
     case "promote": return [`${data.version} promoted`, by];
@@ -19,6 +19,13 @@ function words({ kind, data }) {
     case "reset": return [`reset: ${data.version}`, by];
     case "pause": return ["learning paused", by];
     case "resume": return ["learning resumed", by];
+    case "import": return [`${data.version} imported`, `${by}; not live until it is promoted`];
+    case "probes": return [data.num_probes ? `${data.num_probes} probes uploaded` : "probes removed", by];
+    case "settings": return ["settings changed", [data.mode && `mode ${data.mode}`, by].filter(Boolean).join("; ")];
+    case "dismiss": return [`${data.version} is no candidate`, data.reasons.join("; ")];
+    case "pin": return [`${data.version} pinned`, `its weights stay; ${by}`];
+    case "unpin": return [`${data.version} unpinned`, by];
+    case "retire": return ["weights deleted", `of ${data.versions.join(", ")}; the manifests stay`];
     case "erase": return ["queries erased", `${data.dropped?.length ?? 0} versions dropped`];
     case "verdict": return ["candidate refused", data.reasons.join("; ")];
     default: return [kind, ""];
@@ -124,7 +131,7 @@ export class Timeline {
       : el("p", { className: "notice" }, "The manifest is shown with the admin key.");
     return [
       facts({ Parent: made.parent, Queries: made.num_queries, Steps: made.step_range?.join(" to "), Origin: made.origin,
-        Label: made.label, Rank: made.rank, Temperature: made.temperature, Digest: made.digest }),
+        Label: made.label, Weights: made.retired ? "deleted" : made.pinned ? "pinned" : null, Rank: made.rank, Temperature: made.temperature, Digest: made.digest }),
       difference("Steps", made.metrics, before.metrics, version, other),
       difference("Gate", gate(made), gate(before), version, other),
       manifest,
