@@ -26,7 +26,7 @@ from servetune.server.service import AnswerService
 from servetune.server.stage import QueueFull
 from tests.fakes import ADMIN, ADMIN_KEY, USER, USER_KEY, World, base64_png, png, until
 
-PAGED = ("AdapterInfo", "AuditEntry", "VersionInfo")
+PAGED = ("AdapterInfo", "AuditEntry", "ProbeSetInfo", "VersionInfo")
 
 
 @pytest.fixture
