@@ -38,7 +38,9 @@ class Methods(griffe.Extension):
                 for name, attribute in list(kind.attributes.items()):
                     driver, _, argument = str(attribute.value).rstrip(")").partition("(")
                     if driver in RETURNS:
-                        kind.set_member(name, _method(name, driver, pkg["clients"][argument]))
+                        where, _, flow = argument.partition(".")  # a module may have another name here
+                        path = module.resolve(where).removeprefix(f"{pkg.name}.")
+                        kind.set_member(name, _method(name, driver, pkg[path][flow]))
 
 
 def _list_arguments(docstring: griffe.Docstring | None) -> None:
