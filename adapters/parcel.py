@@ -10,14 +10,16 @@ import hashlib
 import json
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load as parse_safetensors
 from torch import Tensor
+from typing_extensions import TypedDict  # pydantic wants this one before Python 3.12
 
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import (
@@ -30,8 +32,9 @@ from servetune.adapters.versions import (
 )
 
 WEIGHTS, CONFIG, MANIFEST = "adapter_model.safetensors", "adapter_config.json", "manifest.json"
-KNOWN = frozenset({WEIGHTS, CONFIG, MANIFEST, f"{MANIFEST}.sha256"})
-MOST_JSON = 2_000_000  # bytes of a configuration or a manifest
+LINEAGE = "lineage.json"
+KNOWN = frozenset({WEIGHTS, CONFIG, MANIFEST, f"{MANIFEST}.sha256", LINEAGE})
+MOST_CONFIG, MOST_JSON = 2_000_000, 64_000_000  # bytes; a manifest and a lineage may name a million queries
 MOST_FILES = 8
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 PLAIN: Mapping[str, tuple[Any, ...]] = {
@@ -50,17 +53,29 @@ PLAIN: Mapping[str, tuple[Any, ...]] = {
 """What a configuration may say where it is plain LoRA, which is all that answers are computed with."""
 
 
+class _Lineage(TypedDict):
+    """The file that says what weights with this SHA-256 learned from, by themselves or by what they came from."""
+
+    weights: str
+    query_ids: list[str]
+
+
+_LINEAGE = TypeAdapter(_Lineage)
+
+
 @dataclass(frozen=True, slots=True)
 class Parcel:
     """What a tar holds. `manifest`: of the version it was exported from, None for an adapter of plain PEFT.
 
-    `source` is the SHA-256 of its weights file.
+    `source` is the SHA-256 of its weights file; `query_ids` is what the version learned from, by itself or by
+    what it came from.
     """
 
     weights: dict[str, Tensor]
     config: dict[str, Any]
     manifest: Manifest | None
     source: str
+    query_ids: tuple[str, ...] = ()
 
     def check(self, base: Manifest, config: Mapping[str, Any], zero: Mapping[str, Tensor]) -> None:
         """Whether it is an adapter for the model whose version 0 has this manifest, configuration and weights.
@@ -102,7 +117,7 @@ class Parcel:
             parent=BASE,
             probe=probe,
             temperature=1.0 if made is None else made.temperature,
-            query_ids=() if made is None else made.query_ids,  # so that erasing them finds it
+            query_ids=self.query_ids,  # so that erasing them finds it
             metadata=metadata,
         )
 
@@ -113,7 +128,8 @@ def unpack(archive: bytes) -> Parcel:
     if missing := sorted({WEIGHTS, CONFIG} - files.keys()):
         raise UnfitAdapter(f"the archive lacks {' and '.join(missing)}: pack the directory that PEFT saved")
     source = hashlib.sha256(files[WEIGHTS]).hexdigest()
-    manifest = None
+    manifest: Manifest | None = None
+    query_ids: tuple[str, ...] = ()
     if MANIFEST in files:
         try:
             manifest = read_foreign_manifest(files[MANIFEST])
@@ -121,7 +137,26 @@ def unpack(archive: bytes) -> Parcel:
             raise UnfitAdapter(f"{MANIFEST} does not read: export it again, or leave it out") from None
         if manifest.files.get(WEIGHTS) != source:
             raise UnfitAdapter(f"{WEIGHTS} is not what {MANIFEST} says: export it again")
-    return Parcel(_tensors(files[WEIGHTS]), _object(files[CONFIG]), manifest, source)
+        query_ids = read_lineage(files.get(LINEAGE, b""), source)
+    return Parcel(_tensors(files[WEIGHTS]), _object(files[CONFIG]), manifest, source, query_ids)
+
+
+def dump_lineage(source: str, query_ids: Sequence[str]) -> bytes:
+    """What weights with this SHA-256 learned from, as it travels with an export."""
+    return json.dumps({"weights": source, "query_ids": list(query_ids)}).encode()
+
+
+def read_lineage(data: bytes, source: str) -> tuple[str, ...]:
+    """What the weights with this SHA-256 learned from. Raises UnfitAdapter."""
+    try:
+        told = _LINEAGE.validate_json(data)
+    except ValidationError:
+        told = None
+    if told is None or told["weights"] != source:
+        raise UnfitAdapter(
+            f"it does not say what it learned from ({LINEAGE}), so that could not be erased: export it again"
+        )
+    return tuple(told["query_ids"])
 
 
 def _files(archive: bytes) -> dict[str, bytes]:
@@ -143,7 +178,7 @@ def _files(archive: bytes) -> dict[str, bytes]:
                 f"the archive holds more than the plain files {', '.join(sorted(KNOWN))}: pack these alone, "
                 "with tar --format=ustar"
             )
-        most = len(archive) - position if name == WEIGHTS else MOST_JSON
+        most = {WEIGHTS: len(archive), CONFIG: MOST_CONFIG}.get(name, MOST_JSON)
         if not 0 <= info.size <= min(most, len(archive) - position) or len(found) >= MOST_FILES:
             raise UnfitAdapter("the archive is damaged, or a file in it is too large")
         found[name] = archive[position : position + info.size]

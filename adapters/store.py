@@ -19,7 +19,7 @@ import shutil
 import tarfile
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any
@@ -29,7 +29,7 @@ from safetensors.torch import save as dump_safetensors
 from torch import Tensor
 
 from servetune.adapters.conduct import Conduct
-from servetune.adapters.parcel import Parcel
+from servetune.adapters.parcel import LINEAGE, Parcel, dump_lineage
 from servetune.adapters.retention import Hold, superfluous
 from servetune.adapters.types import BASE
 from servetune.adapters.versions import (
@@ -38,6 +38,7 @@ from servetune.adapters.versions import (
     AliasMoved,
     CorruptVersion,
     Draft,
+    ErasedIds,
     ErasedQuery,
     Erasure,
     ForeignStore,
@@ -179,10 +180,7 @@ class AdapterStore:
 
     def erased(self) -> tuple[int, list[str]]:
         """How many queries were erased so far, and which; of very many, the latest. Raises CorruptVersion."""
-        try:
-            content = read_erased(self._erased.read_bytes())
-        except FileNotFoundError:
-            return 0, []
+        content = self._read_erased()
         return content["count"], content["ids"]
 
     def pinned(self) -> list[int]:
@@ -281,10 +279,13 @@ class AdapterStore:
             return made
 
     def publish(self, draft: Draft) -> Manifest:
-        """Write a new immutable version; no alias moves. Raises ErasedQuery."""
+        """Write a new immutable version; no alias moves.
+
+        Raises:
+            ErasedQuery: it learned from a query that was erased, by itself or by what it came from.
+        """
         with self._lock():
-            if gone := set(self.erased()[1]).intersection(draft.query_ids):
-                raise ErasedQuery(f"{len(gone)} of the queries it learned from were erased")
+            self._expect_nothing_erased(draft)
             return self._publish(draft)
 
     def promote(self, version: int, expected_generation: int | None = None) -> Alias:
@@ -300,18 +301,28 @@ class AdapterStore:
             self._verified(version, WEIGHTS)
             return self._move_live(version, expected_generation)
 
-    def nominate(self, version: int, expected_generation: int | None = None) -> Alias:
-        """Move `candidate`, until `live` moves. Raises as `promote` does."""
+    def accept(self, version: int, head: Alias) -> Alias:
+        """Let learning go on from a version that it made from `head`.
+
+        Where the mode has it wait for the operator it becomes `candidate`, until `live` moves; else it is live.
+
+        Returns:
+            the new head.
+
+        Raises:
+            AliasMoved: `head` is no longer the head, by an operator's act or another mode; or learning is off.
+            UnknownVersion, CorruptVersion, ForeignVersion: as `promote`.
+        """
         with self._lock():
-            self._verified(version, WEIGHTS)
-            self._expect(expected_generation)
-            content = self._read_aliases()
-            content["aliases"]["candidate"] = version
-            nominated = content.setdefault("nominated", [])
-            if version not in nominated:
-                nominated.append(version)
-            self._write_aliases(content)
-            return Alias(version, content["generation"])
+            return self._accept(version, head)
+
+    def restart(self, head: Alias) -> Manifest:
+        """Let learning begin again: publish the zero adapter and accept it. Raises as `accept` does."""
+        with self._lock():
+            self._expect_head(head)
+            made = self._copy(BASE, "reset", None, {})
+            self._accept(made.version, head)
+            return made
 
     def dismiss(self, version: int) -> None:
         """End the alias `candidate` where it names this version."""
@@ -391,9 +402,7 @@ class AdapterStore:
             content["nominated"] = [number for number in content.get("nominated", ()) if number not in dropped]
             content["newest"] = self._newest()
             content["dropped"] = [*content.get("dropped", ()), *dropped]
-            count, known = self.erased()
-            erased = {"count": count + len(query_ids), "ids": [*known, *query_ids][-ERASED_KEPT:]}
-            _replace(self._erased, json.dumps(erased))
+            self._note_erased(query_ids, dropped)
             self._write_aliases(content)
             self._remove(dropped)
             return Erasure(tuple(dropped), Alias(aliases["live"], content["generation"]))
@@ -413,13 +422,15 @@ class AdapterStore:
     def retain(self, recent: int, best: int) -> list[int]:
         """Delete the weights of versions that are neither recent nor among the best; gives their numbers.
 
-        The base, what an alias names, what is pinned or held, and what `live` came from stay. A crash between
-        leaves a version that is refused, and whose files go at the next start.
+        The base, what an alias names, what is pinned or held, what `live` came from and what is of a base before
+        `rebase` stay. A crash between leaves a version that is refused, and whose files go at the next start.
         """
         with self._lock():
             content = self._read_aliases()
             retired, aliases = content.get("retired", []), content["aliases"]
             whole = list(filter(None, map(self._readable, (n for n in self.versions() if n not in retired))))
+            fit = self.manifest(BASE).fit
+            whole = [made for made in whole if made.fit == fit]  # those of another base are there to be exported
             heads = {aliases["live"], aliases.get("candidate")}
             came_from = {made.parent for made in whole if made.version in heads}
             safe = {BASE, *aliases.values(), *content.get("pinned", ()), *came_from}
@@ -434,12 +445,8 @@ class AdapterStore:
             return gone
 
     def num_learned(self) -> int:
-        """Queries that the live version has learned from: its own and those of all that it goes back to."""
-        number, version = 0, self.live().version
-        while (made := self.manifest(version)).origin != "base" and made.parent is not None:
-            number += len(made.query_ids) if made.origin == "worker" else 0
-            version = made.parent
-        return number
+        """Queries that the head has learned from here: its own and those of all that it goes back to."""
+        return sum(len(made.query_ids) for made in self._line(self.head().version) if made.origin == "worker")
 
     def set_paused(self, paused: bool) -> None:
         """Switch learning off or on; kept on disk, so it outlives every process."""
@@ -450,32 +457,76 @@ class AdapterStore:
         _sync(self.folder)
 
     def export(self, version: int) -> Iterator[bytes]:
-        """A tar of the version's PEFT directory, in pieces. Raises UnknownVersion, CorruptVersion."""
-        names = [WEIGHTS, CONFIG, MANIFEST, MANIFEST_DIGEST]
-        for name in (WEIGHTS, CONFIG):
-            self._verified(version, name)
-        folder = self._path(version)
-        for name in names:
-            content = (folder / name).read_bytes()
+        """A tar of the version's PEFT directory, in pieces, with what it learned from.
+
+        One that came from something damaged does not say so, and cannot be imported. Raises UnknownVersion,
+        CorruptVersion, RetiredVersion.
+        """
+        made = self.manifest(version)
+        content = {name: self._verified(version, name) for name in (WEIGHTS, CONFIG)}
+        with suppress(CorruptVersion):
+            learned = {query_id for each in self._line(version) for query_id in each.query_ids}
+            content[LINEAGE] = dump_lineage(made.files[WEIGHTS], sorted(learned))
+        content |= {name: (self._path(version) / name).read_bytes() for name in (MANIFEST, MANIFEST_DIGEST)}
+        for name, data in content.items():
             info = tarfile.TarInfo(f"{version_name(version)}/{name}")
-            info.size, info.mtime = len(content), int((folder / name).stat().st_mtime)
-            yield info.tobuf() + content + bytes(-len(content) % tarfile.BLOCKSIZE)
+            info.size, info.mtime = len(data), int(made.created)
+            yield info.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE)
         yield bytes(2 * tarfile.BLOCKSIZE)
 
     # --- inside --------------------------------------------------------------------------------------
 
     def _taught_by(self, query_ids: set[str]) -> dict[int, int]:
-        """Versions that learned from queries, by themselves or by what they came from, with their parents."""
+        """Versions that learned from queries, by themselves or by what they came from, with their parents.
+
+        An import of weights that are among them is one of them, whatever it says of itself.
+        """
         found: dict[int, int] = {}
+        digests: set[str] = set()
         for version in self.versions():  # a parent is older than what comes from it
             try:
                 made = self.manifest(version)
             except CorruptVersion:  # nobody knows what it learned from
                 found[version] = BASE
                 continue
-            if made.parent is not None and (made.parent in found or query_ids.intersection(made.query_ids)):
+            is_copy = made.origin == "import" and made.digest in digests
+            learned = is_copy or made.parent in found or query_ids.intersection(made.query_ids)
+            if made.parent is not None and learned:
                 found[version] = made.parent
+                digests.add(made.digest)
         return found
+
+    def _line(self, version: int) -> Iterator[Manifest]:
+        """A version and all that it came from, up to the base."""
+        while (made := self.manifest(version)).parent is not None:
+            yield made
+            version = made.parent
+
+    def _note_erased(self, query_ids: Collection[str], dropped: Collection[int]) -> None:
+        """Remember what was erased, and the weights that learned from it: an export of them may come back."""
+        known = self._read_erased()
+        readable = filter(None, map(self._readable, dropped))
+        erased: ErasedIds = {
+            "count": known["count"] + len(query_ids),
+            "ids": [*known["ids"], *query_ids][-ERASED_KEPT:],
+            "digests": [*known.get("digests", ()), *(made.digest for made in readable)][-ERASED_KEPT:],
+        }
+        _replace(self._erased, json.dumps(erased))
+
+    def _read_erased(self) -> ErasedIds:
+        try:
+            return read_erased(self._erased.read_bytes())
+        except FileNotFoundError:
+            return {"count": 0, "ids": []}
+
+    def _expect_nothing_erased(self, draft: Draft) -> None:
+        known = self._read_erased()
+        if gone := set(known["ids"]).intersection(draft.query_ids):
+            raise ErasedQuery(f"{len(gone)} of the queries it learned from were erased: learn again without them")
+        if draft.parent not in (None, *self.versions()):
+            raise ErasedQuery("what it came from learned from queries that were erased: learn again without them")
+        if draft.origin == "import" and _digest(dump_weights(draft.weights)) in known.get("digests", ()):
+            raise ErasedQuery("these weights learned from queries that were erased: learn again without them")
 
     def _set_pinned(self, version: int, wanted: bool) -> Alias:
         with self._lock():
@@ -592,7 +643,7 @@ class AdapterStore:
         return self._publish(draft)
 
     def _write(self, version: int, draft: Draft, config: dict[str, Any], base_digest: str) -> Manifest:
-        content = {WEIGHTS: dump_safetensors(dict(draft.weights), metadata={"format": "pt"})}
+        content = {WEIGHTS: dump_weights(draft.weights)}
         content[CONFIG] = json.dumps(config, indent=2, sort_keys=True).encode()
         if draft.optimizer:
             content[OPTIMIZER] = dump_safetensors(dict(draft.optimizer))
@@ -603,7 +654,7 @@ class AdapterStore:
         manifest = Manifest(
             version=version,
             created=time.time(),
-            digest=f"sha256:{files[WEIGHTS]}",
+            digest=_digest(content[WEIGHTS]),
             base_digest=base_digest,
             rank=config["r"],
             target_modules=config["target_modules"],
@@ -641,6 +692,27 @@ class AdapterStore:
             content["promoted"].append(version)
         self._write_aliases(content)
         return Alias(version, content["generation"])
+
+    def _accept(self, version: int, head: Alias) -> Alias:
+        self._expect_head(head)
+        self._expect_fit(version)
+        self._verified(version, WEIGHTS)
+        return self._nominate(version) if self.conduct().nominates else self._move_live(version, None)
+
+    def _nominate(self, version: int) -> Alias:
+        content = self._read_aliases()
+        content["aliases"]["candidate"] = version
+        nominated = content.setdefault("nominated", [])
+        if version not in nominated:
+            nominated.append(version)
+        self._write_aliases(content)
+        return Alias(version, content["generation"])
+
+    def _expect_head(self, head: Alias) -> None:
+        if (found := self.head()) != head:
+            raise AliasMoved(f"learning goes on from {found}, not from {head}")
+        if self.paused or not self.conduct().learns:
+            raise AliasMoved("nothing is to be learned now")
 
     def _expect(self, generation: int | None) -> None:
         found = self._read_aliases()["generation"]
@@ -696,6 +768,15 @@ def _retired(version: int) -> RetiredVersion:
         f"retention deleted the weights of {version_name(version)}: choose a version that has them, or import an "
         "export of it; pin what must stay"
     )
+
+
+def dump_weights(weights: Mapping[str, Tensor]) -> bytes:
+    """As the file that PEFT reads."""
+    return bytes(dump_safetensors(dict(weights), metadata={"format": "pt"}))
+
+
+def _digest(weights: bytes) -> str:
+    return f"sha256:{hashlib.sha256(weights).hexdigest()}"
 
 
 def _digest_line(manifest: bytes) -> bytes:

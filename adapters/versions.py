@@ -158,10 +158,11 @@ class Aliases(TypedDict):
 
 
 class ErasedIds(TypedDict):
-    """The file of the erased queries: how many there were, and the latest of them."""
+    """The file of the erased queries: how many, the latest of them, and digests of what had learned from any."""
 
     count: int
     ids: list[str]
+    digests: NotRequired[list[str]]
 
 
 T = TypeVar("T")

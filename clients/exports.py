@@ -13,7 +13,7 @@ from typing import BinaryIO
 from servetune.clients.errors import APIError
 
 NEEDED = ("adapter_config.json", "adapter_model.safetensors")
-TOLD = ("manifest.json", "manifest.json.sha256")  # of an export
+TOLD = ("manifest.json", "manifest.json.sha256", "lineage.json")  # of an export
 DEEPEST = 4  # folders and the file, in the archive
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 

@@ -52,6 +52,11 @@ from servetune.server.probes import ProbeSet, ProbeSets, UnknownProbes, probes_n
 from servetune.server.routes import ServicesDep
 from servetune.server.service import Services
 
+MOST_PROBED = 100_000_000  # pixels of a probe set: gate and server have all of its images in memory
+PROBES_TOO_LARGE = (
+    f"The images of a set have {MOST_PROBED // 10**6} megapixels at most together: send smaller ones."
+)
+
 T = TypeVar("T")
 ADMIN = Depends(Require("admin"))
 
@@ -201,15 +206,22 @@ async def upload_probes(
 ) -> ProbeSetInfo:
     """Labelled questions for the gate alone, sealed as stored queries are; they are never learned from."""
     asked = await asyncio.to_thread(parse_probes, request.headers, await request.body())
-    probes = []
+    probes: list[Probe] = []
+    num_pixels = 0
     for number, item in enumerate(asked.probes):
+        question = item.question or line.engine.recognition_question
         try:
             images = await services.answers.read([item.image])
-        except ServiceError as error:
-            error.param = f"probes.{number}"
-            raise
-        question = item.question or line.engine.recognition_question
-        probes.append(Probe(Query("probe", images, question, tuple(item.candidate_labels or ())), item.answer))
+            num_pixels += sum(image.width * image.height for image in images)
+            if num_pixels > MOST_PROBED:
+                raise ServiceError("image_too_large", PROBES_TOO_LARGE)
+            query = Query("probe", images, question, tuple(item.candidate_labels or ()))
+            await line.engine.try_on(query)
+        except Exception as error:
+            refusal = as_service_error(error)
+            refusal.param = f"probes.{number}"
+            raise refusal from error
+        probes.append(Probe(query, item.answer))
     sets = ProbeSets(line.store.folder, services.settings)
     change = asyncio.to_thread(sets.upload, probes)
     made = await operator.act(line, "probes_uploaded", {"num_probes": len(probes)}, change)

@@ -100,7 +100,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     own_redis = services.settings.redis_url is None
     buffers = partial(_buffers, lines)
     compacting = asyncio.create_task(lines.first.buffer.keep_compact(buffers)) if own_redis else None
-    messenger = _messenger(services)
+    if messenger := _messenger(services):
+        await messenger.begin()
     await _tell_of_foreign(services)
     telling = asyncio.create_task(messenger.run()) if messenger else None
     yield

@@ -22,7 +22,7 @@ from servetune.adapters.looks import Look, Looks
 from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, Query, Sampling
-from servetune.adapters.versions import Alias, Draft, StoreError, UnfitAdapter, version_name
+from servetune.adapters.versions import Alias, Draft, StoreError, UnfitAdapter, UnknownVersion, version_name
 from servetune.server.answering import Choice, Found, Job, Resident, entropy
 from servetune.server.settings import Settings
 from servetune.server.stage import QueueFull, Stage, is_same_probe
@@ -95,6 +95,7 @@ class Engine:
         self._refreshing = asyncio.Lock()
         self._refused: tuple[int, int] | None = None  # (generation, version) that failed verification
         self._watcher: asyncio.Task[None] | None = None
+        self._unfit: int | None = None  # a version other than live that could not be loaded
 
     # --- life ----------------------------------------------------------------------------------------
 
@@ -194,6 +195,26 @@ class Engine:
             rollouts=sum(look.num_rollouts for look in looks.found) if looks else 0,
         )
 
+    async def can_answer(self, choice: str) -> bool:
+        """Whether the version that `choice` names is there and, as far as is known, can be loaded."""
+        try:
+            version = await self._version(choice)
+        except UnknownVersion:
+            return False
+        if version == self._unfit:
+            return False
+        try:
+            await self.stage.load(self.store, version)
+        except QueueFull:
+            return False
+        except (StoreError, RuntimeError) as error:  # torch raises RuntimeError, out of memory included
+            self._unfit = version
+            log.error(
+                "version_unfit", adapter=self.store.name, version=version_name(version), error=type(error).__name__
+            )
+            return False
+        return True
+
     async def _look_again(self, resident: Resident, looks: Looks, deadline: float, expected_s: float) -> float:
         """Look while one more look, if it takes what the longest did, ends in time. Returns seconds computed."""
         clock = asyncio.get_running_loop().time
@@ -285,6 +306,11 @@ class Engine:
         Raises TimeoutError where the model stands still; it forgets when it goes on.
         """
         await self.stage.forget(self.store.name, versions)
+
+    async def try_on(self, query: Query) -> None:
+        """Whether the model can take a query: its processor has a look. Raises UnusableQuery."""
+        family = self.stage.policy.family
+        await self.stage.run(lambda: family.prompt(query.images, query.question))
 
     async def examine(self, parcel: Parcel) -> Draft:
         """An adapter from elsewhere as a version to be, once it is known how it answers here.

@@ -21,6 +21,7 @@ from servetune.adapters.family import PromptTooLong, UnusableImage
 from servetune.adapters.versions import (
     AliasMoved,
     CorruptVersion,
+    ErasedQuery,
     ForeignVersion,
     NameTaken,
     RetiredVersion,
@@ -53,6 +54,7 @@ PROBLEMS: dict[str, tuple[int, str]] = {
     "adapter_incompatible": (409, "The adapter or version was made for another base model"),
     "name_taken": (409, "The name is reserved or in use"),
     "alias_moved": (409, "`live` has moved"),
+    "query_erased": (409, "It learned from queries that were erased"),
     "version_retired": (409, "The weights of that version are gone"),
     "idempotency_in_flight": (409, "A request with this Idempotency-Key is running"),
     "body_too_large": (413, "The body is too large"),
@@ -147,7 +149,9 @@ def as_service_error(error: Exception) -> ServiceError:
         case HTTPException():
             fallback = "bad_request" if error.status_code < 500 else "internal_error"
             return ServiceError(_BY_STATUS.get(error.status_code, fallback), headers=error.headers)
-        case UnknownVersion() | AliasMoved() | NameTaken() | ForeignVersion() | RetiredVersion() | UnfitAdapter():
+        case UnknownVersion() | AliasMoved() | NameTaken() | ForeignVersion() | RetiredVersion():
+            return ServiceError(error.code, str(error))
+        case UnfitAdapter() | ErasedQuery():
             return ServiceError(error.code, str(error))
         case StoreBusy():
             return ServiceError("store_busy")

@@ -122,9 +122,9 @@ class Idempotency:
         body: bytes = (await receive())["body"]
         slot = _slot(scope["path"], headers)
         if len(body) > LARGE:
-            fingerprint = await asyncio.to_thread(_fingerprint, headers, body)
+            fingerprint = await asyncio.to_thread(_fingerprint, scope, headers, body)
         else:
-            fingerprint = _fingerprint(headers, body)
+            fingerprint = _fingerprint(scope, headers, body)
         earlier = self.replies.begin(slot, fingerprint)
         if earlier is not None:
             await earlier.send_again(send)
@@ -151,7 +151,7 @@ def _slot(path: str, headers: Headers) -> bytes:
     return hashlib.sha256("\n".join(parts).encode("utf-8", "surrogatepass")).digest()
 
 
-def _fingerprint(headers: Headers, body: bytes) -> bytes:
+def _fingerprint(scope: Scope, headers: Headers, body: bytes) -> bytes:
     """What makes a request the same; a form's boundary, which clients draw anew, does not count."""
     content_type = headers.get("content-type", "")
     if match := _BOUNDARY.search(content_type):
@@ -159,4 +159,5 @@ def _fingerprint(headers: Headers, body: bytes) -> bytes:
         content_type = content_type.replace(boundary, "")
         body = body.replace(boundary.encode("latin-1"), b"")
     options = f"{content_type}\n{headers.get('servetune-adapt')}\n{headers.get('if-match')}\n"
-    return hashlib.sha256(options.encode("latin-1", "replace") + body).digest()
+    query: bytes = scope.get("query_string", b"")
+    return hashlib.sha256(b"%b%b\n%b" % (options.encode("latin-1", "replace"), query, body)).digest()

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from servetune.adapters.conduct import Conduct
 from servetune.adapters.types import Query, Sampling
-from servetune.adapters.versions import StoreError, UnknownVersion, version_name
+from servetune.adapters.versions import StoreError, version_name
 from servetune.clients.types import (
     Adaptation,
     AdapterRef,
@@ -240,13 +240,9 @@ async def _answered(
 ) -> Outcome:
     """The answer of the first choice; of the second where the first is a candidate that cannot answer."""
     first, choice = choices
-    if first != choice:
-        try:
+    if first != choice and await engine.can_answer(first):
+        with suppress(StoreError):  # it went in this moment
             return await engine.answer(query, sampling, first, deadline, listen)
-        except UnknownVersion:
-            pass  # nothing was accepted yet
-        except StoreError as error:
-            log.warning("candidate_not_served", adapter=engine.store.name, error=type(error).__name__)
     return await engine.answer(query, sampling, choice, deadline, listen)
 
 

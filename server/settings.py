@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 from typing import Any, Literal
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from platformdirs import user_data_path
@@ -22,7 +22,7 @@ from pydantic_settings import (
 from servetune.clients.types import AdapterName
 from servetune.server.quiet import CpuBudget, Quiet, Windows
 
-PASSWORDS = ("password", "sentinel_password", "ssl_password")  # in the query of a Redis URL
+PASSWORDS = re.compile(r"([?&](?:password|sentinel_password|ssl_password)=)[^&#]*")  # in the query of a Redis URL
 SECRETS = {"api_keys", "adapter_keys", "admin_key", "buffer_key", "webhook_url", "webhook_secret"}
 _WEB_ADDRESS = re.compile(r"https?://[!-~]{1,2000}", re.IGNORECASE)
 
@@ -269,7 +269,4 @@ def without_password(url: str) -> str:
     parts = urlsplit(url)
     user, at, _ = parts.netloc.rpartition("@")
     shown = url.replace(f"{user}@", f"{user.partition(':')[0]}:***@", 1) if at and ":" in user else url
-    for name in PASSWORDS:
-        for value in parse_qs(parts.query).get(name, []):
-            shown = shown.replace(f"{name}={value}", f"{name}=***")
-    return shown
+    return PASSWORDS.sub(r"\1***", shown)

@@ -36,7 +36,7 @@ COLLAPSE = frozenset({"distinct", "valid", "unshown"})
 DRIFT = frozenset({"kl_base", "unvouched", "surer"})
 """Parts of the gate; the alert rules in deploy/prometheus name the same."""
 
-TOLD = ("by", "version", "reasons", "error", "exit_code", "adapters", "base_digest")
+TOLD = ("by", "version", "reasons", "error", "exit_code", "adapters", "base_digest", "probes")
 """What an alert takes over from its event."""
 
 POLL_S = 2.0
@@ -179,6 +179,12 @@ class Messenger:
         self._names = names
         self._metrics = metrics
         self._bookmark: Bookmark = history.bookmark("webhook", LEASE_S)
+
+    async def begin(self) -> None:
+        """What happens from now on is news, also where nobody ever followed."""
+        with suppress(BufferUnavailable):
+            for name in await self._names():
+                await self._bookmark.place(name)
 
     async def run(self) -> None:
         """Follow until cancelled."""

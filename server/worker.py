@@ -25,6 +25,7 @@ from servetune.adapters.step import Learner, LearnerConfig
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import BASE, StepMetrics, Verdict
 from servetune.adapters.versions import (
+    Alias,
     AliasMoved,
     CorruptVersion,
     Draft,
@@ -36,9 +37,8 @@ from servetune.clients.types import WorkerStatus
 from servetune.server import tracing
 from servetune.server.audit import AuditLog
 from servetune.server.buffer import BufferUnavailable, Delivery, QueryStream
-from servetune.server.cipher import Unreadable
 from servetune.server.history import Record, silent, version_event
-from servetune.server.probes import ProbeSets, UnknownProbes
+from servetune.server.probes import ProbeSets, probes_name
 from servetune.server.quiet import Wait
 from servetune.server.settings import Settings
 
@@ -113,7 +113,7 @@ class Worker:
         """
         self._forget_erased()
         self._look_for_probes()
-        if self._store.paused or not self._store.conduct().learns:
+        if not self._may_learn:
             self._report("paused")
             return False
         if self._adrift or self._store.head() != self._head:
@@ -137,7 +137,7 @@ class Worker:
         if self._held and not moved and not self.learner.unfinished:
             self._settle(self._held, "no_signal")
             self._held = []
-        if moved and (enough or not self.learner.unfinished):
+        if moved and (enough or not self.learner.unfinished) and self._may_learn:
             self._conclude()
         if busy and not self.learner.unfinished:
             release_memory()
@@ -151,6 +151,11 @@ class Worker:
             self._report("paused")
         else:
             self._report("waiting", why)
+
+    @property
+    def _may_learn(self) -> bool:
+        """Does the operator want it to, now?"""
+        return self._store.conduct().learns and not self._store.paused
 
     def rests(self) -> bool:
         """Is there nothing that would be lost if it ended now?"""
@@ -177,7 +182,7 @@ class Worker:
 
     def finish(self) -> None:
         """Have the gate judge what was learned since the last version: for a worker that will not turn again."""
-        if self.learner.steps > self._first_step and not self._store.paused:
+        if self.learner.steps > self._first_step and self._may_learn:
             self._conclude()
         self._report("idle")
 
@@ -237,6 +242,8 @@ class Worker:
 
     def _conclude(self) -> None:
         """Let the gate judge the candidate; publish it, or go back to what is live."""
+        if self._forget_erased():
+            return
         witnesses = self.learner.witnesses()
         with tracing.span("gate", parent=self._trace) as span:
             verdict = self._judge(witnesses)
@@ -263,8 +270,8 @@ class Worker:
         try:
             self._publish(verdict)
         except AliasMoved:
-            log.info("candidate_outdated")  # the operator moved `live` meanwhile: their act wins
-            self.learner.forget()
+            # The operator's act wins: `live` was moved meanwhile, the mode changed, or learning was switched off.
+            log.info("candidate_outdated")
             self._give_back()
             return
         except ErasedQuery:
@@ -324,19 +331,17 @@ class Worker:
                 metadata={"traceparent": self._trace} if self._trace else {},
             )
         )
-        self._establish(made.version, self._head.generation)
+        self._establish(made.version, self._head)
         self._policy.load(self._live_slot, weights)
         self.learner.accept()
         self._named = self.learner.remembered()
         self._heard.clear()
 
-    def _establish(self, version: int, generation: int) -> None:
-        """Make an accepted version live, or the candidate where the mode has it wait for the operator."""
-        waits = self._store.conduct().nominates
-        move, act = (
-            (self._store.nominate, "adapter_nominated") if waits else (self._store.promote, "adapter_promoted")
-        )
-        self._head = move(version, expected_generation=generation)
+    def _establish(self, version: int, head: Alias) -> None:
+        """Go on from an accepted version: live, or the candidate where the mode has it wait for the operator."""
+        self._head = self._store.accept(version, head)
+        waits = self._head.generation == head.generation
+        act = "adapter_nominated" if waits else "adapter_promoted"
         self._note_act(act, {"version": version_name(version)})
         alias = {"alias": "candidate"} if waits else {}
         self._record("publish", version_event(self._store.manifest(version)) | alias)
@@ -390,12 +395,15 @@ class Worker:
         return self._gate.judge(witnesses, convict=True).accepted
 
     def _reset_when_due(self) -> None:
-        """Start from the base again after so many queries, where the settings say so."""
+        """Start from the base again after so many queries, where the settings say so.
+
+        Where the mode has what was learned wait for the operator, so does this.
+        """
         due = self._settings.reset_after_queries
         if due is None or self._store.num_learned() < due:
             return
         with suppress(AliasMoved):
-            made = self._store.reset(expected_generation=self._head.generation)
+            made = self._store.restart(self._head)
             self._note_act("adapter_reset", {"version": version_name(made.version)})
             self._record("reset", {"by": "worker", "version": version_name(made.version)})
             log.info("reset", adapter=self._store.name, version=version_name(made.version))
@@ -421,14 +429,15 @@ class Worker:
                 continue
             made = self._store.manifest(version)
             if made.origin == "worker" and (made.parent, made.generation) == (head.version, head.generation):
-                self._establish(version, head.generation)
+                self._establish(version, head)
                 return
 
     def _follow(self) -> None:
-        """Continue from what is live now, with its optimizer where it was kept."""
-        self._finish_promotion()
+        """Continue from the head, with its optimizer where it was kept."""
+        with suppress(AliasMoved):  # the operator's act wins
+            self._finish_promotion()
         head = self._store.head()
-        if head != self._head:
+        if head.version != self._head.version:
             self.learner.forget()  # what another line was taught is no part of this one
         self._head = head
         weights = self._store.weights(head.version)
@@ -439,28 +448,29 @@ class Worker:
         self._first_step = self.learner.steps
 
     def _look_for_probes(self) -> None:
-        """Let the gate judge by the probe set that counts now; one that does not read is as none."""
+        """Let the gate judge by the probe set that counts now; one that cannot be used is as none, and told of."""
         if (newest := self._probe_sets.newest()) == self._probe_set:
             return
         self._probe_set = newest
         try:
-            probes = self._probe_sets.read(newest) if newest else []
-        except (Unreadable, UnknownProbes) as error:
-            log.warning("probes_unreadable", adapter=self._store.name, error=type(error).__name__)
-            probes = []
-        self._gate.set_probes(probes, newest)
+            self._gate.set_probes(self._probe_sets.read(newest) if newest else [], newest)
+        except Exception as error:  # of another key, damaged, or nothing that this model takes
+            log.error("probes_unusable", adapter=self._store.name, error=type(error).__name__)
+            self._record("degraded", {"error": type(error).__name__, "probes": probes_name(newest)})
+            self._gate.set_probes([], newest)
 
-    def _forget_erased(self) -> None:
-        """Drop the candidate, the memory and the caches of queries that were erased since the last turn."""
+    def _forget_erased(self) -> bool:
+        """Drop the candidate, the memory and the caches of queries that were erased since the last time, if any."""
         count, ids = self._store.erased()
         if count == self._num_erased:
-            return
+            return False
         log.info("erased", queries=count - self._num_erased)
         self._num_erased = count
         self._give_back()
         self.learner.forget(ids)
         self._gate.forget(ids)
         self._policy.forget_images()
+        return True
 
     def _give_back(self) -> None:
         """Drop the candidate and return its queries to the buffer."""

@@ -17,7 +17,9 @@ from PIL import Image
 from servetune.adapters.family import Family
 from servetune.adapters.policy import LoraSpec, Policy
 from servetune.adapters.types import Query
+from servetune.server.valkey import EmbeddedValkey
 from tests.checkpoints import FAMILIES
+from tests.redis_servers import running
 
 torch.set_num_threads(1)
 
@@ -54,6 +56,13 @@ def policy(tiny: Path) -> Policy:
     for slot in ("candidate", "live"):
         made.load(slot, made.zero_weights())
     return made
+
+
+@pytest.fixture(scope="module")
+def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
+    """A Valkey for the tests of a module."""
+    with running(tmp_path_factory.mktemp("valkey")) as server:
+        yield server
 
 
 def noise(seed: int = 0, size: tuple[int, int] = (40, 30)) -> Image.Image:

@@ -17,10 +17,11 @@ import torch
 from fastapi import FastAPI
 from PIL import Image
 
+from servetune.adapters.family import PromptTooLong
 from servetune.adapters.parcel import Parcel
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
-from servetune.adapters.versions import Draft, Manifest, version_name
+from servetune.adapters.versions import Draft, Manifest, StoreError, version_name
 from servetune.clients.types import BufferStatus, Event, WorkerStatus
 from servetune.server.access import Access
 from servetune.server.app import create_app
@@ -61,6 +62,7 @@ class FakeEngine:
         self.forgotten: list[tuple[int, ...]] = []
         self.pace_s = 0.0
         self.waiting = 0
+        self.unfit: set[str] = set()  # choices that cannot be loaded
         self.batches: dict[int, int] = {}
         self.on_swap: Callable[[Swap], None] = lambda swap: None
 
@@ -89,6 +91,17 @@ class FakeEngine:
 
     async def forget(self, versions: Collection[int]) -> None:
         self.forgotten.append(tuple(versions))
+
+    async def can_answer(self, choice: str) -> bool:
+        try:
+            self.store.weights(self.store.resolve(choice))
+        except StoreError:
+            return False
+        return choice not in self.unfit
+
+    async def try_on(self, query: Query) -> None:
+        if len(query.question) > 1000:
+            raise PromptTooLong("Question and images make too many tokens.")
 
     async def examine(self, parcel: Parcel) -> Draft:
         self.store.check(parcel)

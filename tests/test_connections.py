@@ -198,6 +198,7 @@ def test_a_url_that_cannot_be_used_says_why(tmp_path: Path, url: str, complaint:
             "redis+sentinel://:***@a,b/main?sentinel_password=***",
         ),
         ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock?password=***"),
+        ("redis://host?db=1&password=p%40ss%2Fw&x=1", "redis://host?db=1&password=***&x=1"),
     ],
 )
 def test_a_password_is_not_shown(url: str, shown: str) -> None:

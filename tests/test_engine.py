@@ -22,7 +22,7 @@ from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Query, Sampling
 from servetune.adapters.versions import Draft, RetiredVersion, UnknownVersion, version_name
 from servetune.adapters.views import safe_views
-from servetune.server.answering import LET_OTHERS_IN, Answering
+from servetune.server.answering import LET_OTHERS_IN, Answering, Resident
 from servetune.server.engine import Engine, Outcome, Swap
 from servetune.server.model import _dtype
 from servetune.server.settings import Settings
@@ -280,6 +280,40 @@ async def test_flipped_bits_are_not_served(engine: Engine, policy: Policy, store
     content[-1] ^= 1
     path.write_bytes(content)
     assert await engine.refresh() == 0
+
+
+async def test_a_version_that_cannot_answer_is_found_out_once(
+    engine: Engine, policy: Policy, store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not there, not what it says, no memory for it, no slot: each is a no, and no request fails by it."""
+    assert not await engine.can_answer("candidate")
+    good, bad, heavy = (
+        publish(policy, store, 1),
+        publish(policy, store, 2, probe=(9.0,) * 32),
+        publish(policy, store, 3),
+    )
+    assert await engine.can_answer(version_name(good))
+    loads: list[int] = []
+    load = engine.stage.load
+
+    async def counted(store: AdapterStore, version: int) -> Resident:
+        loads.append(version)
+        if version == heavy:
+            raise RuntimeError("out of memory")
+        return await load(store, version)
+
+    monkeypatch.setattr(engine.stage, "load", counted)
+    for version in (bad, heavy):
+        assert [await engine.can_answer(version_name(version)) for _ in range(3)] == [False] * 3
+    assert loads == [bad, heavy], "tried once each"
+
+    async def full(store: AdapterStore, version: int) -> Resident:
+        raise QueueFull
+
+    monkeypatch.setattr(engine.stage, "load", full)
+    assert not await engine.can_answer(version_name(good))
+    monkeypatch.undo()
+    assert await engine.can_answer(version_name(good)), "a slot may be free the next time"
 
 
 async def test_unknown_versions_and_a_full_queue(engine: Engine) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -16,12 +16,6 @@ from servetune.server.buffer import BufferUnavailable
 from servetune.server.history import History, Recorder, act_event
 from servetune.server.valkey import EmbeddedValkey
 from tests.redis_servers import running
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture

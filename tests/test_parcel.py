@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save as dump_safetensors
 
 from servetune import clients
-from servetune.adapters.parcel import CONFIG, MANIFEST, WEIGHTS, unpack
+from servetune.adapters.parcel import CONFIG, LINEAGE, MANIFEST, WEIGHTS, dump_lineage, unpack
 from servetune.adapters.policy import Policy
 from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Sampling
@@ -177,6 +177,44 @@ def test_what_learned_from_an_erased_query_stays_out(tmp_path: Path) -> None:
     assert made.erase(["q_1"]).dropped == (1, again.version)
     with pytest.raises(ErasedQuery):
         made.publish(parcel.draft((0.0,)))
+
+
+def test_an_export_says_what_its_line_learned_from(tmp_path: Path) -> None:
+    """Erasing reaches an import of what learned from the query only by what it came from, and it stays out."""
+    made = AdapterStore(tmp_path)
+    made.initialise(*ZERO)
+    for value in (1.0, 2.0):
+        made.promote(learn(made, value).version)
+    archives = [exported(made, number) for number in (2, made.snapshot("keep").version)]
+    assert [unpack(each).query_ids for each in archives] == [("q_1", "q_2")] * 2
+    copies = [made.publish(unpack(each).draft((0.0,))).version for each in archives]
+    again = exported(made, copies[0])
+    assert unpack(again).query_ids == ("q_1", "q_2"), "also from one home to the next"
+    plain = made.publish(replace(unpack(archives[0]), manifest=None, query_ids=()).draft((0.0,)))
+    assert made.erase(["q_1"]).dropped == (1, 2, 3, *copies, plain.version)
+    assert made.versions() == [0]
+    for archive in (*archives, again):
+        with pytest.raises(ErasedQuery):
+            made.publish(unpack(archive).draft((0.0,)))
+    with pytest.raises(ErasedQuery, match="these weights learned"):
+        made.publish(replace(unpack(archives[0]), manifest=None, query_ids=()).draft((0.0,)))
+
+
+def test_an_export_that_does_not_say_what_it_learned_from_is_refused(tmp_path: Path) -> None:
+    made = AdapterStore(tmp_path)
+    made.initialise(*ZERO)
+    for value in (1.0, 2.0):
+        made.promote(learn(made, value).version)
+    other = unpack(exported(made, 1))
+    (made.folder / "v0001" / MANIFEST).write_text("damaged")
+    archive = exported(made, 2)
+    with pytest.raises(UnfitAdapter, match="does not say what it learned from"):
+        unpack(archive)
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        files = {name.rpartition("/")[2]: tar.extractfile(name).read() for name in tar.getnames()}  # type: ignore[union-attr]
+    for lineage in (b"", b"[]", b'{"query_ids": []}', dump_lineage(other.source, ["q_1"])):
+        with pytest.raises(UnfitAdapter, match="does not say what it learned from"):
+            unpack(packed(files | {LINEAGE: lineage}))
 
 
 # --- there and back ----------------------------------------------------------------------------------

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import httpx2
 import pytest
+from PIL import Image
 
 from servetune import clients
 from servetune.adapters.gate import Gate, Limits
 from servetune.adapters.policy import Policy
-from servetune.adapters.store import AdapterStore
 from servetune.adapters.types import Probe
+from servetune.server import admin
 from servetune.server.cipher import Unreadable
 from servetune.server.probes import ProbeSets, UnknownProbes
 from servetune.server.settings import Settings
-from servetune.server.valkey import EmbeddedValkey
 from tests.conftest import query, stir
 from tests.fakes import ADMIN, ADMIN_KEY, World, base64_png, png
-from tests.test_worker import BATCH, LABELS, ask, at_work, settings, store, valkey  # noqa: F401
+from tests.test_worker import BATCH, LABELS, Site, settings, site, store  # noqa: F401
 
 PATH = "/v1/adapters/default/probes"
 
@@ -92,33 +93,40 @@ def test_another_key_opens_nothing(tmp_path: Path) -> None:
 # --- the worker --------------------------------------------------------------------------------------
 
 
-async def test_verdicts_tell_the_accuracy_and_nothing_is_learned_from_probes(
-    settings: Settings,  # noqa: F811
-    policy: Policy,
-    store: AdapterStore,  # noqa: F811
-    valkey: EmbeddedValkey,  # noqa: F811
-) -> None:
+async def test_verdicts_tell_the_accuracy_and_nothing_is_learned_from_probes(site: Site) -> None:  # noqa: F811
     told: list[tuple[str, Any]] = []
-    sets = ProbeSets(store.folder, settings)
-    with at_work(settings, policy, store, valkey.url, lambda *event: told.append(event)) as worker:  # type: ignore[arg-type]
+    sets = ProbeSets(site.store.folder, site.settings)
+    with site.at_work(lambda *event: told.append(event)) as worker:  # type: ignore[arg-type]
         sets.upload(labelled(4))  # a worker that runs takes it up
-        await ask(settings, valkey.url)
+        await site.ask()
         worker.turn()
         verdict = next(data for kind, data in told if kind == "verdict")
         assert verdict["metrics"].items() >= {"probes": 4.0, "probe_set": 1.0}.items()
-        made = store.manifest(1)
+        made = site.store.manifest(1)
         assert made.gate is not None
         assert made.gate["metrics"]["probe_accuracy"] == verdict["metrics"]["probe_accuracy"]
         assert sorted(made.query_ids) == [f"q_{number}" for number in range(BATCH)]
         sets.remove(1)
-        await ask(settings, valkey.url, start=BATCH)
+        await site.ask(start=BATCH)
         worker.turn()
         assert "probe_accuracy" not in [data for kind, data in told if kind == "verdict"][-1]["metrics"]
         sets.upload(labelled(2))
-        (store.folder / "probes" / "p0002.json").write_text("damaged")
-        await ask(settings, valkey.url, start=2 * BATCH)
+        (site.store.folder / "probes" / "p0002.json").write_text("damaged")
+        await site.ask(start=2 * BATCH)
         worker.turn()
-    assert store.live().version == 3, "a set that does not read stops nothing"
+    assert site.store.live().version == 3, "a set that does not read stops nothing"
+
+
+async def test_a_set_that_this_model_cannot_take_is_told_of_and_stops_nothing(site: Site) -> None:  # noqa: F811
+    told: list[tuple[str, Any]] = []
+    unfit = Probe(query(question="which bird? " * site.policy.family.max_length), "heron")
+    ProbeSets(site.store.folder, site.settings).upload([unfit])
+    await site.ask()
+    with site.at_work(lambda *event: told.append(event)) as worker:  # type: ignore[arg-type]
+        worker.turn()
+        worker.turn(0)
+    assert site.store.live().version == 1
+    assert [data for kind, data in told if kind == "degraded"] == [{"error": "PromptTooLong", "probes": "p0001"}]
 
 
 # --- over HTTP ---------------------------------------------------------------------------------------
@@ -169,6 +177,7 @@ async def test_sets_are_uploaded_listed_removed_and_on_record(world: World) -> N
         ([item(), item(answer="stork")], 422, "probes.1"),
         ([item(candidate_labels=None)], 422, "probes.0"),
         ([item(), item(image="bm8gaW1hZ2U=")], 415, "probes.1"),
+        ([item(), item(candidate_labels=None, question="which? " * 200)], 422, "probes.1"),
     ],
 )
 async def test_what_is_wrong_with_a_set_is_named(
@@ -177,6 +186,15 @@ async def test_what_is_wrong_with_a_set_is_named(
     reply = await world.client.post(PATH, json={"probes": items})
     assert (reply.status_code, reply.json()["param"]) == (status, param), reply.text
     assert (await world.client.get(PATH)).json()["data"] == []
+
+
+async def test_a_set_has_images_of_so_many_pixels_at_most(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    size = Image.open(io.BytesIO(png())).size
+    monkeypatch.setattr(admin, "MOST_PROBED", 2 * size[0] * size[1])
+    assert (await world.client.post(PATH, json={"probes": [item(), item()]})).status_code == 201
+    reply = await world.client.post(PATH, json={"probes": [item(), item(), item()]})
+    assert (reply.json()["code"], reply.json()["param"]) == ("image_too_large", "probes.2")
+    assert "smaller" in reply.json()["detail"]
 
 
 async def test_the_sdk_reads_a_file(world: World, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
 from servetune import cli
-from servetune.adapters.store import AdapterStore
+from servetune.adapters.store import WEIGHTS, AdapterStore
 from servetune.adapters.types import Sampling
-from servetune.adapters.versions import AliasMoved, ForeignStore, ForeignVersion
+from servetune.adapters.versions import AliasMoved, Draft, ForeignStore, ForeignVersion
 from servetune.evals import learn
 from servetune.server.engine import Engine
 from servetune.server.model import load_policy, open_store, worker_lock
@@ -65,6 +65,16 @@ def test_the_new_base_is_version_0_and_live_is_new(store: AdapterStore) -> None:
     store.initialise(*OTHER)
     with pytest.raises(ForeignStore, match="servetune adapters rebase default"):
         store.initialise(*ZERO)
+
+
+def test_retention_counts_versions_of_the_present_base(store: AdapterStore) -> None:
+    """Those of the base before are there to be exported, and neither recent nor good."""
+    store.rebase(*OTHER)
+    for value in (5.0, 6.0, 7.0):
+        store.publish(Draft({"layer.lora_A.weight": torch.full((4, 2), value)}, "worker", 4, (0.0,)))
+    assert store.retain(recent=2, best=0) == [5]
+    assert store.retired() == [5]
+    assert all((store.folder / f"v000{number}" / WEIGHTS).exists() for number in (1, 2, 3))
 
 
 @pytest.mark.parametrize("act", ["promote", "rollback", "reset", "weights"])

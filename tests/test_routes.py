@@ -619,6 +619,13 @@ async def test_the_same_request_is_answered_once(
     )
 
 
+async def test_a_key_is_for_what_the_address_says_as_well(world: World) -> None:
+    world.client.headers["Idempotency-Key"] = "one"
+    body = {"image": base64_png(), "question": "what is this?"}
+    assert (await world.client.post("/v1/answer?as=one", json=body)).status_code == 200
+    check_problem(await world.client.post("/v1/answer?as=other", json=body), 422, "idempotency_mismatch")
+
+
 async def test_a_form_sent_again_has_a_new_boundary(world: World) -> None:
     world.client.headers["Idempotency-Key"] = "two"
     first, again = await send_form(world), await send_form(world)

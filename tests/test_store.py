@@ -46,6 +46,16 @@ def draft(value: float, **story: object) -> Draft:
     return Draft(weights, "worker", 0, (value,), **story)  # type: ignore[arg-type]
 
 
+def test_what_comes_from_an_erased_version_is_not_published(tmp_path: Path) -> None:
+    store = opened(tmp_path)
+    store.promote(store.publish(draft(1.0, query_ids=("q1",))).version)
+    late = Draft(draft(2.0).weights, "worker", 1, (2.0,), query_ids=("q2",))
+    store.erase(["q1"])
+    with pytest.raises(ErasedQuery, match="what it came from"):
+        store.publish(late)
+    assert store.versions() == [0]
+
+
 def test_a_new_store_serves_the_base(tmp_path: Path) -> None:
     store = opened(tmp_path)
     assert store.versions() == [0]

@@ -24,7 +24,7 @@ from servetune.server.valkey import EmbeddedValkey
 from servetune.server.worker import Worker
 from tests.conftest import noise
 from tests.fakes import World, base64_png, learn, until
-from tests.redis_servers import open_buffer, open_stream, running
+from tests.redis_servers import open_buffer, open_stream
 
 exporting = pytest.importorskip("opentelemetry.sdk.trace.export")
 in_memory = pytest.importorskip("opentelemetry.sdk.trace.export.in_memory_span_exporter")
@@ -54,12 +54,6 @@ def spans() -> Iterator[Spans]:
     tracing.use(told.processor)
     yield told
     tracing.end()
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 def traceparent(span: Any) -> str:

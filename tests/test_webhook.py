@@ -7,7 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,6 @@ from tests.redis_servers import running
 
 SECRET = "whsec_" + base64.b64encode(b"between the two of us").decode()  # pragma: allowlist secret
 ALERT = Alert("a:1-0:rollback", "rollback", "a", 1.5, {"version": "v0001"})
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture
@@ -260,6 +254,17 @@ async def test_what_was_before_is_no_news_and_what_comes_is_told_once(
         assert outcomes(metrics)["delivered"] == 2
         assert json.loads(address.heard[0][1])["data"]["adapter"] == adapter
         await one._bookmark.leave()
+
+
+async def test_what_happens_at_the_first_start_is_news(valkey: EmbeddedValkey, adapter: str) -> None:
+    async with listening() as address, messenger(valkey.url, address, adapter) as (first, _):
+        tell(valkey.url, adapter, ROLLBACK)
+        await first.begin()
+        tell(valkey.url, adapter, ("base_mismatch", {"adapters": ["b"]}))
+        await first.begin()
+        await first.round()
+        assert address.kinds() == ["base_mismatch"]
+        await first._bookmark.leave()
 
 
 async def test_the_same_trouble_is_told_once_an_hour(

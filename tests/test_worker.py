@@ -9,8 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,6 @@ class Killed(BaseException):
 
 def die(*_: Any, **__: Any) -> Any:
     raise Killed
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 @pytest.fixture
@@ -113,6 +107,31 @@ async def ledger(settings: Settings, url: str) -> dict[str, int]:
     assert status.ledger["acked"] == gone + left
     found = {name: status.ledger[name] for name in LEDGER if name != "acked"} | {"left": left}
     return {name: count for name, count in found.items() if count}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A worker's surroundings."""
+
+    settings: Settings
+    policy: Policy
+    store: AdapterStore
+    url: str
+
+    def at_work(self, record: Record = silent, **chosen: Any) -> AbstractContextManager[Worker]:
+        settings = self.settings.model_copy(update=chosen)
+        return at_work(settings, self.policy, self.store, self.url, record)
+
+    async def ask(self, start: int = 0) -> None:
+        await ask(self.settings, self.url, start=start)
+
+    async def ledger(self) -> dict[str, int]:
+        return await ledger(self.settings, self.url)
+
+
+@pytest.fixture
+def site(settings: Settings, policy: Policy, store: AdapterStore, valkey: EmbeddedValkey) -> Site:
+    return Site(settings, policy, store, valkey.url)
 
 
 async def test_a_turn_learns_publishes_and_settles(
@@ -437,7 +456,7 @@ async def test_what_the_operator_does_meanwhile_wins(
     assert store.manifest(store.live().version).origin == "worker"
 
 
-@pytest.mark.parametrize("moment", ["promote", "settle"])
+@pytest.mark.parametrize("moment", ["accept", "settle"])
 async def test_killed_after_publishing_the_queries_are_not_learned_twice(
     settings: Settings,
     policy: Policy,
@@ -450,7 +469,7 @@ async def test_killed_after_publishing_the_queries_are_not_learned_twice(
     store = AdapterStore(settings.path("store"), settings.adapter)
     store.initialise(policy.zero_weights(), policy.peft_config(), policy.base_digest, policy.probe())
     await ask(settings, valkey.url)
-    owner = AdapterStore if moment == "promote" else QueryStream
+    owner = AdapterStore if moment == "accept" else QueryStream
     with at_work(settings, policy, store, valkey.url) as worker:
         monkeypatch.setattr(owner, moment, die)
         with pytest.raises(Killed):
@@ -705,7 +724,7 @@ async def test_a_full_disk_between_publishing_and_promoting_is_made_good(
         monkeypatch.undo()
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(AdapterStore, "promote", no_space)
+    monkeypatch.setattr(AdapterStore, "accept", no_space)
     with learning(settings, policy, valkey.url):
         asked = {f"q_{number}" for number in range(BATCH)}
         eventually(lambda: store.learned_from(asked) == asked, within_s=30)
@@ -725,7 +744,7 @@ async def test_only_what_was_live_counts_as_learned(
     """Killed after publishing, and the operator resets before the next worker comes: learn again."""
     await ask(settings, valkey.url)
     with at_work(settings, policy, store, valkey.url) as worker:
-        monkeypatch.setattr(AdapterStore, "promote", die)
+        monkeypatch.setattr(AdapterStore, "accept", die)
         with pytest.raises(Killed):
             worker.turn()
         monkeypatch.undo()

@@ -19,16 +19,10 @@ from servetune.server.settings import Settings
 from servetune.server.valkey import EmbeddedValkey
 from servetune.server.workers import Workers
 from tests.conftest import query
-from tests.redis_servers import eventually, open_buffer, open_stream, running
+from tests.redis_servers import eventually, open_buffer, open_stream
 
 LABELS = tuple("abcdefgh")
 BATCH = 4
-
-
-@pytest.fixture(scope="module")
-def valkey(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedValkey]:
-    with running(tmp_path_factory.mktemp("valkey")) as server:
-        yield server
 
 
 class Class:

@@ -625,7 +625,7 @@ MUTATIONS: dict[str, list[Mutation]] = {
     "R3": [Mutation("servetune.adapters.store", "AdapterStore.learned_from", always(set()))],
     "R4": [
         Mutation("servetune.server.buffer", "QueryStream.renew", _believes_to_hold_all),
-        Mutation("servetune.adapters.store", "AdapterStore._expect", always(None)),
+        Mutation("servetune.adapters.store", "AdapterStore._expect_head", always(None)),
     ],
     "R5": [Mutation("servetune.server.buffer", "QueryStream.take", _unlimited)],
     "R6": [Mutation("servetune.server.buffer", "QueryBuffer._enqueue", _takes_all)],
