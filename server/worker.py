@@ -460,7 +460,7 @@ class Worker:
             self._gate.set_probes([], newest)
 
     def _forget_erased(self) -> bool:
-        """Drop the candidate, the memory and the caches of queries that were erased since the last time, if any."""
+        """Drop the candidate, the memory and the caches of queries erased since the last time, if any were."""
         count, ids = self._store.erased()
         if count == self._num_erased:
             return False
